@@ -1,0 +1,7 @@
+"""Scalar potentials: value, gradient, Laplacian."""
+
+from nflows_mongeampere.potentials.autograd import AutogradPotential
+from nflows_mongeampere.potentials.base import Potential
+from nflows_mongeampere.potentials.ridge import RidgePotential
+
+__all__ = ["AutogradPotential", "Potential", "RidgePotential"]

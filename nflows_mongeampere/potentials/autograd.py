@@ -1,0 +1,184 @@
+"""Potentials given as any neural network, differentiated by autograd."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from nflows_mongeampere import validation
+from nflows_mongeampere.dynamics import DirectDynamics, Dynamics
+from nflows_mongeampere.potentials.base import Potential, Time, _describe
+
+# Coordinates of the exact Laplacian that are differentiated at once.
+_CHUNK = 64
+
+
+class AutogradPotential(Potential):
+    r"""A potential :math:`u` given by any module that maps (B, ...) to (B,).
+
+    Gradient and Laplacian come from autograd. The exact Laplacian
+    :math:`\sum_i \partial_i^2 u` costs one backward pass for each coordinate. Hutchinson's estimate
+    :math:`\varepsilon^T (\nabla\nabla u)\, \varepsilon` costs one in all and is unbiased; inside a
+    flow one probe :math:`\varepsilon` is drawn for each solve and held through it (Grathwohl et
+    al., `arXiv:1810.01367 <https://arxiv.org/abs/1810.01367>`_), so that the field stays smooth.
+
+    Args:
+        module: maps ``x`` of shape (B, ...) to (B,). Where its ``forward`` has parameters named ``t``
+            or ``context`` it is given the time, a tensor of shape (), and the context. It must treat
+            rows separately and be twice differentiable: ReLU networks are not.
+        laplacian: ``"exact"`` or ``"hutchinson"``.
+        probe: distribution of the probe, ``"rademacher"`` or ``"gaussian"``.
+
+    Example:
+        >>> import torch
+        >>> class Bowl(torch.nn.Module):
+        ...     def forward(self, x):
+        ...         return x.square().sum(1)
+        >>> AutogradPotential(Bowl()).laplacian(torch.zeros(2, 3))
+        tensor([6., 6.])
+    """
+
+    def __init__(
+        self, module: nn.Module, *, laplacian: str = "exact", probe: str = "rademacher"
+    ) -> None:
+        super().__init__()
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"module: got {module!r}, expected a torch.nn.Module")
+        self.module = module
+        self.laplacian_method = validation.choice("laplacian", laplacian, ("exact", "hutchinson"))
+        self.probe = validation.choice("probe", probe, ("rademacher", "gaussian"))
+        accepted = inspect.signature(module.forward).parameters
+        self.time_dependent = "t" in accepted
+        self._context = accepted.get("context")
+
+    def dynamics(self, inputs: Tensor, context: Tensor | None, evaluations: int) -> Dynamics:
+        field = partial(self._gradient_and_laplacian, probe=self._draw_probe(inputs))
+        return DirectDynamics(field, inputs, context, self)
+
+    def _check_context(
+        self, name: str, x: Tensor, context: Tensor | None, like: Tensor | None
+    ) -> None:
+        if context is None:
+            if self._context is not None and self._context.default is inspect.Parameter.empty:
+                raise ValueError(
+                    f"context: got None, expected a tensor, because {type(self.module).__name__}"
+                    ".forward requires one"
+                )
+            return
+        if self._context is None:
+            raise ValueError(
+                f"context: got {_describe(context)}, expected None, because "
+                f"{type(self.module).__name__}.forward has no parameter named context; give it one"
+            )
+        validation.batch("context", context, like)
+        if len(context) != len(x):
+            raise ValueError(
+                f"context: got {len(context)} rows, expected {len(x)}: one for each row of {name}"
+            )
+
+    def _draw_probe(self, x: Tensor) -> Tensor | None:
+        if self.laplacian_method == "exact":
+            return None
+        if self.probe == "gaussian":
+            return torch.randn_like(x)
+        return torch.randint_like(x, 2) * 2 - 1
+
+    def _value(self, x: Tensor, t: Time | None, context: Tensor | None) -> Tensor:
+        arguments: dict[str, Tensor | None] = {}
+        if self.time_dependent:
+            arguments["t"] = torch.as_tensor(t, dtype=x.dtype, device=x.device)
+        if self._context is not None:
+            arguments["context"] = context
+        value: Tensor = self.module(x, **arguments)
+        if not isinstance(value, Tensor) or value.shape != x.shape[:1]:
+            raise ValueError(
+                f"module: {type(self.module).__name__} returned {_describe(value)} for inputs of "
+                f"shape {tuple(x.shape)}, expected a tensor of shape ({len(x)},): one value for "
+                "each row; squeeze or sum the rest"
+            )
+        return value
+
+    def _gradient(self, x: Tensor, t: Time | None, context: Tensor | None) -> Tensor:
+        with _differentiation(x, context) as (point, row_context, keep_graph):
+            gradient = _derivative(self._value(point, t, row_context), point, keep_graph)
+        return gradient
+
+    def _laplacian(self, x: Tensor, t: Time | None, context: Tensor | None) -> Tensor:
+        return self._gradient_and_laplacian(x, t, context, probe=self._draw_probe(x))[1]
+
+    def _gradient_and_laplacian(
+        self,
+        x: Tensor,
+        t: Time | None,
+        context: Tensor | None,
+        probe: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        with _differentiation(x, context) as (point, row_context, keep_graph):
+            gradient = _derivative(self._value(point, t, row_context), point, True)
+            if probe is None:
+                laplacian = _trace_of_jacobian(gradient, point, keep_graph)
+            else:
+                product = _derivative((gradient * probe).sum(), point, keep_graph)
+                laplacian = (product * probe).flatten(1).sum(1)
+        if not keep_graph:
+            gradient, laplacian = gradient.detach(), laplacian.detach()
+        return gradient, laplacian
+
+    def extra_repr(self) -> str:
+        return f"laplacian={self.laplacian_method!r}, probe={self.probe!r}"
+
+
+@contextmanager
+def _differentiation(
+    x: Tensor, context: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor | None, bool]]:
+    """Let autograd see x, whatever the mode outside; tell whether results keep their graph."""
+    keep_graph = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.enable_grad():
+        if x.is_inference():
+            x = x.clone()
+        if context is not None and context.is_inference():
+            context = context.clone()
+        # a view, so that a context computed from x does not count as x
+        point = x.view_as(x) if keep_graph and x.requires_grad else x.detach().requires_grad_()
+        yield point, context, keep_graph
+
+
+def _derivative(scalars: Tensor, x: Tensor, keep_graph: bool) -> Tensor:
+    """The derivative of the sum of ``scalars``, zero where they do not depend on x."""
+    if not scalars.requires_grad:
+        return torch.zeros_like(x)
+    (derivative,) = torch.autograd.grad(
+        scalars.sum(), x, create_graph=keep_graph, allow_unused=True, materialize_grads=True
+    )
+    return derivative
+
+
+def _trace_of_jacobian(field: Tensor, x: Tensor, keep_graph: bool) -> Tensor:
+    r""":math:`\sum_i \partial f_i / \partial x_i` for each row of ``field`` (B, ...)."""
+    if not field.requires_grad:
+        return x.new_zeros(len(x))
+    columns = field.flatten(1)
+    trace = x.new_zeros(len(x))
+    for first in range(0, columns.shape[1], _CHUNK):
+        width = min(_CHUNK, columns.shape[1] - first)
+        # direction i of the chunk asks every row for the derivative of its entry first + i
+        directions = torch.eye(width, dtype=x.dtype, device=x.device)[:, None, :]
+        (rows,) = torch.autograd.grad(
+            columns[:, first : first + width],
+            x,
+            directions.expand(-1, len(x), -1),
+            retain_graph=True,
+            create_graph=keep_graph,
+            is_grads_batched=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        block = rows.flatten(2)[:, :, first : first + width]
+        trace = trace + torch.diagonal(block, dim1=0, dim2=2).sum(1)
+    return trace
