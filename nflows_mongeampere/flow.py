@@ -23,7 +23,8 @@ class MongeAmpereFlow(Flow):
         hidden_features: H, the number of ridges of the potential.
         context_features: width of the (embedded) context, or None.
         embedding_net: module that embeds the context, or None to use it as it comes.
-        distribution: base distribution over rows of ``features`` entries; a standard normal if None.
+        distribution: base distribution over rows of ``features`` entries, or None for a standard
+            normal.
         time_dependent, activation: see :class:`~nflows_mongeampere.RidgePotential`.
         **transport: ``time``, ``steps``, ``solver``, ``sensitivity``, ... as in
             :class:`~nflows_mongeampere.MongeAmpereTransform`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import warnings
 from collections.abc import Sequence
@@ -34,9 +35,9 @@ class Integrator:
     r"""How a flow is integrated: a solver, its steps, and where gradients come from.
 
     Args:
-        solver: a torchdyn ODE solver: its name (``"euler"``, ``"midpoint"``, ``"rk4"``, ``"dopri5"``,
-            ``"tsit5"``, ``"ieuler"``, ``"alf"``) or an instance. Fixed-step solvers treat each
-            sample by itself. The adaptive ones (``"dopri5"``, ``"tsit5"``) choose steps by an error
+        solver: a torchdyn ODE solver: its name (``"euler"``, ``"midpoint"``, ``"rk4"``,
+            ``"dopri5"``, ``"tsit5"``, ``"ieuler"``, ``"alf"``) or an instance. Fixed-step solvers
+            treat each sample by itself. The adaptive ones (``"dopri5"``, ``"tsit5"``) choose steps by an error
             norm over the whole batch, and ``"ieuler"`` solves its implicit equation for the whole
             batch: with these a log-density depends, within the tolerance, on what it was batched
             with.
@@ -45,7 +46,8 @@ class Integrator:
 
             - ``"autograd"``: the gradient of the discrete solution, through every stage;
             - ``"recompute"``: the same gradient, but only the states between steps are kept, and
-              each step is computed again on the way back: a third more work, a fraction of the memory;
+              each step is computed again on the way back: a third more work, a fraction of the
+              memory;
             - ``"adjoint"``, ``"interpolated_adjoint"``: torchdyn's continuous adjoints, whose
               gradient differs from that of the discrete solution by the solver's error. They
               have no second derivatives.
@@ -128,7 +130,7 @@ class Integrator:
     ) -> list[Tensor]:
         stepper = _Stepper(solver, dynamics, recompute=self.sensitivity == "recompute")
         states = [stepper.start(times[0])]
-        for start, stop in zip(times, times[1:], strict=False):
+        for start, stop in itertools.pairwise(times):
             if solver.stepping_class == "adaptive":
                 states.append(self._adaptive(solver, stepper, states[-1], start, stop))
             else:
@@ -139,7 +141,7 @@ class Integrator:
         self, stepper: _Stepper, state: Tensor, start: float, stop: float, duration: float
     ) -> Tensor:
         grid = self._grid(start, stop, duration)
-        for t, t_next in zip(grid, grid[1:], strict=False):
+        for t, t_next in itertools.pairwise(grid):
             state, _ = stepper(t, t_next - t, state)
         return state
 
@@ -174,10 +176,10 @@ class Integrator:
             if t + size == t:
                 break
         raise IntegrationError(
-            f"solver {_name(solver)} stopped at t = {t:g} on its way from {start:g} to {stop:g}, with "
-            f"steps of {size:.2g}, of which it may try max_steps={self.max_steps}: the potential "
-            "explodes or is too stiff for the tolerance; raise atol and rtol or max_steps, use "
-            "smaller weights, or use a fixed-step solver"
+            f"solver {_name(solver)} stopped at t = {t:g} on its way from {start:g} to {stop:g}, "
+            f"with steps of {size:.2g}, of which it may try max_steps={self.max_steps}: the "
+            "potential explodes or is too stiff for the tolerance; raise atol and rtol or "
+            "max_steps, use smaller weights, or use a fixed-step solver"
         )
 
     @torch.no_grad()
@@ -206,7 +208,7 @@ class Integrator:
     ) -> list[Tensor]:
         problem_class = _import_ode_problem()
         adaptive = solver.stepping_class == "adaptive"
-        # torchdyn warns of tolerances other than its defaults where a fixed-step solver ignores them
+        # torchdyn warns of tolerances that are not its defaults where the solver ignores them
         tolerances = (self.atol, self.rtol) if adaptive else (1e-3, 1e-3)
         sign = 1.0 if times[1] > times[0] else -1.0
         field = _AdjointField(dynamics, times[0], sign)
@@ -222,7 +224,7 @@ class Integrator:
             sensitivity=self.sensitivity,
         )
         states = [dynamics.state]
-        for start, stop in zip(times, times[1:], strict=False):
+        for start, stop in itertools.pairwise(times):
             grid = [start, stop] if adaptive else self._grid(start, stop, duration)
             span = states[-1].new_tensor([sign * (t - times[0]) for t in grid])
             states.append(problem(states[-1], span)[1][-1])
@@ -285,9 +287,9 @@ class _Stepper:
     ) -> Tensor:
         r"""Attach the gradient of :math:`y = y_0 + f(t, y)\,dt` to its ``root``.
 
-        torchdyn finds the root outside of autograd. By the implicit function theorem the adjoint
-        :math:`\lambda` of :math:`y` solves :math:`\lambda = g + dt\, J^T \lambda`, which is iterated
-        to a fixed point.
+        torchdyn finds the root outside of autograd. By the implicit function theorem the
+        adjoint :math:`\lambda` of :math:`y` solves :math:`\lambda = g + dt\, J^T \lambda`, which is
+        iterated to a fixed point.
         """
         if not torch.is_grad_enabled():
             return root

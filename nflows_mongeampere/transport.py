@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nflows_mongeampere import validation
-from nflows_mongeampere.dynamics import AutonomousDynamics
+from nflows_mongeampere.dynamics import AutonomousDynamics, Dynamics
 from nflows_mongeampere.integration import Integrator
 from nflows_mongeampere.potentials import Potential
 
@@ -102,33 +103,36 @@ class Transport(nn.Module):
             IntegrationError: where the solver fails.
         """
         moments = self._check_times(times)
-        return self._solve("inputs", inputs, context, moments)
+        dynamics, states = self._solve("inputs", inputs, context, moments)
+        points, logabsdet = zip(*map(dynamics.outputs, states), strict=True)
+        return Trajectory(inputs.new_tensor(moments), torch.stack(points), torch.stack(logabsdet))
 
     def _to_data(self, name: str, noise: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        path = self._solve(name, noise, context, (0.0, self.time))
-        return path.points[-1], path.logabsdet[-1]
+        dynamics, states = self._solve(name, noise, context, (0.0, self.time))
+        return dynamics.outputs(states[-1])
 
     def _to_noise(self, name: str, data: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        path = self._solve(name, data, context, (self.time, 0.0))
-        return path.points[-1], path.logabsdet[-1]
+        dynamics, states = self._solve(name, data, context, (self.time, 0.0))
+        return dynamics.outputs(states[-1])
 
     def _solve(
         self, name: str, inputs: Tensor, context: Tensor | None, times: Sequence[float]
-    ) -> Trajectory:
+    ) -> tuple[Dynamics, list[Tensor]]:
+        """The equations of motion and their states at ``times``."""
         self.potential.check_batch(name, inputs, context)
+        dynamics = self.potential.dynamics(inputs, context, self.integrator.evaluations)
+        if self.potential.time_dependent:
+            dynamics = AutonomousDynamics(dynamics, times[0])
         if len(inputs) == 0:
-            points, logabsdet = [inputs] * len(times), [inputs.new_zeros(0)] * len(times)
-        else:
-            dynamics = self.potential.dynamics(inputs, context, self.integrator.evaluations)
-            if self.potential.time_dependent:
-                dynamics = AutonomousDynamics(dynamics, times[0])
-            states = self.integrator.solve(dynamics, times, self.time)
-            points, logabsdet = zip(*map(dynamics.outputs, states), strict=True)
-        return Trajectory(inputs.new_tensor(times), torch.stack(points), torch.stack(logabsdet))
+            return dynamics, [dynamics.state] * len(times)
+        return dynamics, self.integrator.solve(dynamics, times, self.time)
 
     def _check_times(self, times: Sequence[float] | Tensor) -> list[float]:
-        moments = [float(t) for t in times]
-        steps = [after - before for before, after in zip(moments, moments[1:], strict=False)]
+        try:
+            moments = [float(t) for t in times]
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"times: got {times!r}, expected a sequence of numbers") from error
+        steps = [after - before for before, after in itertools.pairwise(moments)]
         if (
             not steps
             or not all(math.isfinite(t) for t in moments)

@@ -28,9 +28,9 @@ class AutogradPotential(Potential):
     al., `arXiv:1810.01367 <https://arxiv.org/abs/1810.01367>`_), so that the field stays smooth.
 
     Args:
-        module: maps ``x`` of shape (B, ...) to (B,). Where its ``forward`` has parameters named ``t``
-            or ``context`` it is given the time, a tensor of shape (), and the context. It must treat
-            rows separately and be twice differentiable: ReLU networks are not.
+        module: maps ``x`` of shape (B, ...) to (B,). Where its ``forward`` has parameters named
+            ``t`` or ``context`` it is given the time, a tensor of shape (), and the context. It
+            must treat rows separately and be twice differentiable: ReLU networks are not.
         laplacian: ``"exact"`` or ``"hutchinson"``.
         probe: distribution of the probe, ``"rademacher"`` or ``"gaussian"``.
 
@@ -39,7 +39,7 @@ class AutogradPotential(Potential):
         >>> class Bowl(torch.nn.Module):
         ...     def forward(self, x):
         ...         return x.square().sum(1)
-        >>> AutogradPotential(Bowl()).laplacian(torch.zeros(2, 3))
+        >>> AutogradPotential(Bowl()).laplacian(torch.zeros(2, 3)).detach()
         tensor([6., 6.])
     """
 
@@ -105,8 +105,7 @@ class AutogradPotential(Potential):
 
     def _gradient(self, x: Tensor, t: Time | None, context: Tensor | None) -> Tensor:
         with _differentiation(x, context) as (point, row_context, keep_graph):
-            gradient = _derivative(self._value(point, t, row_context), point, keep_graph)
-        return gradient
+            return _derivative(self._value(point, t, row_context), point, keep_graph)
 
     def _laplacian(self, x: Tensor, t: Time | None, context: Tensor | None) -> Tensor:
         return self._gradient_and_laplacian(x, t, context, probe=self._draw_probe(x))[1]
@@ -119,7 +118,7 @@ class AutogradPotential(Potential):
         probe: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         with _differentiation(x, context) as (point, row_context, keep_graph):
-            gradient = _derivative(self._value(point, t, row_context), point, True)
+            gradient = _derivative(self._value(point, t, row_context), point, keep_graph=True)
             if probe is None:
                 laplacian = _trace_of_jacobian(gradient, point, keep_graph)
             else:

@@ -20,8 +20,8 @@ class RidgePotential(Potential):
 
     has the gradient :math:`\nabla u = W^T (a \odot \sigma'(h))` and the Laplacian
     :math:`\Delta u = (a \odot r) \cdot \sigma''(h)` with :math:`r_j = \|w_j\|^2`. Trajectories
-    stay in the row space of W, which
-    :class:`~nflows_mongeampere.dynamics.ReducedDynamics` uses to integrate them several times faster.
+    stay in the row space of W, which :class:`~nflows_mongeampere.dynamics.ReducedDynamics` uses to
+    integrate them several times faster.
 
     The amplitude starts at zero: a new flow is the identity map.
 
@@ -88,7 +88,7 @@ class RidgePotential(Potential):
 
     def dynamics(self, inputs: Tensor, context: Tensor | None, evaluations: int) -> Dynamics:
         hidden, features, batch = self.hidden_features, self.features, len(inputs)
-        # multiplications of the two forms: G, W x(0), Wᵀ s(T) and G s at each evaluation; W x and Wᵀ ·
+        # multiplications: G once, W x(0) and Wᵀ s(T), then G s, or W x and Wᵀ(a σ'), each time
         reduced = hidden * hidden * features + batch * (
             2 * hidden * features + evaluations * hidden * hidden
         )
