@@ -37,10 +37,10 @@ class Integrator:
     Args:
         solver: a torchdyn ODE solver: its name (``"euler"``, ``"midpoint"``, ``"rk4"``,
             ``"dopri5"``, ``"tsit5"``, ``"ieuler"``, ``"alf"``) or an instance. Fixed-step solvers
-            treat each sample by itself. The adaptive ones (``"dopri5"``, ``"tsit5"``) choose steps by an error
-            norm over the whole batch, and ``"ieuler"`` solves its implicit equation for the whole
-            batch: with these a log-density depends, within the tolerance, on what it was batched
-            with.
+            treat each sample by itself. The adaptive ones (``"dopri5"``, ``"tsit5"``) choose steps
+            by an error norm over the whole batch, and ``"ieuler"`` solves its implicit equation for
+            the whole batch: with these a log-density depends, within the tolerance, on what it was
+            batched with.
         steps: number of equal steps over the whole time of the flow, for fixed-step solvers.
         sensitivity: where gradients come from.
 
