@@ -119,12 +119,12 @@ class Transport(nn.Module):
         self, name: str, inputs: Tensor, context: Tensor | None, times: Sequence[float]
     ) -> tuple[Dynamics, list[Tensor]]:
         """The equations of motion and their states at ``times``."""
+        self.potential.check_batch(name, inputs, context)
         if torch.is_inference_mode_enabled():
             # potentials and implicit solvers differentiate, which inference tensors forbid
             with torch.inference_mode(False), torch.no_grad():
                 context = None if context is None else context.clone()
                 return self._solve(name, inputs.clone(), context, times)
-        self.potential.check_batch(name, inputs, context)
         dynamics = self.potential.dynamics(inputs, context, self.integrator.evaluations)
         if self.potential.time_dependent:
             dynamics = AutonomousDynamics(dynamics, times[0])
