@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Real
+
 import torch
 from torch import Tensor, nn
 
@@ -136,6 +138,10 @@ class Potential(nn.Module):
             return None
         if t is None:
             raise ValueError("t: got None, expected a time, because the potential depends on it")
+        if not isinstance(t, (Real, Tensor)):
+            raise TypeError(
+                f"t: got {t!r}, expected a number or a tensor of shape () or ({len(x)},)"
+            )
         if isinstance(t, Tensor) and tuple(t.shape) not in ((), (len(x),)):
             raise ValueError(
                 f"t: got shape {tuple(t.shape)}, expected () or ({len(x)},): one time for all rows "
