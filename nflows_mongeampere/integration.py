@@ -50,7 +50,7 @@ class Integrator:
               memory;
             - ``"adjoint"``, ``"interpolated_adjoint"``: torchdyn's continuous adjoints, whose
               gradient differs from that of the discrete solution by the solver's error. They
-              have no second derivatives.
+              have no second derivatives, and neither has ``"ieuler"``.
         atol: absolute tolerance of adaptive solvers on each entry of the state.
         rtol: relative tolerance of adaptive solvers.
         max_steps: the most steps, accepted or not, that an adaptive solver may try between two
@@ -227,7 +227,10 @@ class Integrator:
         for start, stop in itertools.pairwise(times):
             grid = [start, stop] if adaptive else self._grid(start, stop, duration)
             span = states[-1].new_tensor([sign * (t - times[0]) for t in grid])
-            states.append(problem(states[-1], span)[1][-1])
+            state = problem(states[-1], span)[1][-1]
+            if state.requires_grad:
+                state.register_hook(_forbid_second_derivatives)
+            states.append(state)
         return states
 
     def _instance(self, dtype: torch.dtype) -> nn.Module:
@@ -250,6 +253,7 @@ class _Stepper:
         self.dynamics = dynamics
         self._solver = solver
         self._recompute = recompute
+        self._requires_grad = [p.requires_grad for p in dynamics.parameters]
         self._leapfrog = isinstance(solver, AsynchronousLeapfrog)
         self._implicit = isinstance(solver, ImplicitEuler)
 
@@ -266,10 +270,24 @@ class _Stepper:
         """The state after ``dt``, and the solver's estimate of the error where it has one."""
         if self._recompute and torch.is_grad_enabled():
             result: tuple[Tensor, Tensor | None] = checkpoint(
-                self._step, t, dt, state, use_reentrant=False, preserve_rng_state=False
+                self._repeatable_step, t, dt, state, use_reentrant=False, preserve_rng_state=False
             )
             return result
         return self._step(t, dt, state)
+
+    def _repeatable_step(self, t: float, dt: float, state: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The step, even if parameters were frozen or thawed since, as normflows does."""
+        flags = [p.requires_grad for p in self.dynamics.parameters]
+        self._set_requires_grad(self._requires_grad)
+        try:
+            return self._step(t, dt, state)
+        finally:
+            self._set_requires_grad(flags)
+
+    def _set_requires_grad(self, flags: Sequence[bool]) -> None:
+        for parameter, flag in zip(self.dynamics.parameters, flags, strict=True):
+            if parameter.requires_grad != flag:
+                parameter.requires_grad_(flag)
 
     def _step(self, t: float, dt: float, state: Tensor) -> tuple[Tensor, Tensor | None]:
         advanced, error = self._solver.step(self.dynamics, state, t, dt)[1:3]
@@ -300,6 +318,7 @@ class _Stepper:
         solution = state + dt * self.dynamics(t, root.detach())
 
         def solve(grad: Tensor) -> Tensor:
+            _forbid_second_derivatives(grad)
             adjoint = grad
             for _ in range(1000):
                 (product,) = torch.autograd.grad(image, root, adjoint, retain_graph=True)
@@ -316,6 +335,15 @@ class _Stepper:
         if solution.requires_grad:
             solution.register_hook(solve)
         return solution
+
+
+def _forbid_second_derivatives(grad: Tensor) -> None:
+    """Raise if the gradient that passes here is to be differentiated again."""
+    if torch.is_grad_enabled():
+        raise NotImplementedError(
+            "create_graph: got True, but the adjoint sensitivities and solver 'ieuler' have no "
+            "second derivatives; use an explicit solver with sensitivity='autograd' or 'recompute'"
+        )
 
 
 _EPSILON = {torch.float32: 1e-7, torch.float64: 1e-14}
