@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nflows_mongeampere import validation
-from nflows_mongeampere.dynamics import AutonomousDynamics, Dynamics
+from nflows_mongeampere.dynamics import AutonomousDynamics
 from nflows_mongeampere.integration import Integrator
 from nflows_mongeampere.potentials import Potential
 
@@ -103,34 +103,46 @@ class Transport(nn.Module):
             IntegrationError: where the solver fails.
         """
         moments = self._check_times(times)
-        dynamics, states = self._solve("inputs", inputs, context, moments)
-        points, logabsdet = zip(*map(dynamics.outputs, states), strict=True)
+        path = self._follow("inputs", inputs, context, moments)
+        start = (inputs, torch.zeros_like(path[0][1]))
+        points, logabsdet = zip(start, *path, strict=True)
         return Trajectory(inputs.new_tensor(moments), torch.stack(points), torch.stack(logabsdet))
 
     def _to_data(self, name: str, noise: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        dynamics, states = self._solve(name, noise, context, (0.0, self.time))
-        return dynamics.outputs(states[-1])
+        return self._follow(name, noise, context, (0.0, self.time))[-1]
 
     def _to_noise(self, name: str, data: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        dynamics, states = self._solve(name, data, context, (self.time, 0.0))
-        return dynamics.outputs(states[-1])
+        return self._follow(name, data, context, (self.time, 0.0))[-1]
 
-    def _solve(
+    def _follow(
         self, name: str, inputs: Tensor, context: Tensor | None, times: Sequence[float]
-    ) -> tuple[Dynamics, list[Tensor]]:
-        """The equations of motion and their states at ``times``."""
+    ) -> list[tuple[Tensor, Tensor]]:
+        """The points and their log-determinants at each of ``times`` but the first."""
+        if isinstance(inputs, Tensor) and torch.is_autocast_enabled(inputs.device.type):
+            # errors add up along the path: a log-density in half precision means nothing
+            with torch.autocast(inputs.device.type, enabled=False):
+                context = None if context is None else self._refine(context)
+                return self._follow(name, self._refine(inputs), context, times)
         self.potential.check_batch(name, inputs, context)
         if torch.is_inference_mode_enabled():
             # potentials and implicit solvers differentiate, which inference tensors forbid
             with torch.inference_mode(False), torch.no_grad():
                 context = None if context is None else context.clone()
-                return self._solve(name, inputs.clone(), context, times)
+                return self._follow(name, inputs.clone(), context, times)
         dynamics = self.potential.dynamics(inputs, context, self.integrator.evaluations)
         if self.potential.time_dependent:
             dynamics = AutonomousDynamics(dynamics, times[0])
         if len(inputs) == 0:
-            return dynamics, [dynamics.state] * len(times)
-        return dynamics, self.integrator.solve(dynamics, times, self.time)
+            states = [dynamics.state] * len(times)
+        else:
+            states = self.integrator.solve(dynamics, times, self.time)
+        return [dynamics.outputs(state) for state in states[1:]]
+
+    def _refine(self, value: Tensor) -> Tensor:
+        """``value`` in the precision of the parameters, where autocast has halved it."""
+        like = next(self.parameters(), value)
+        halved = getattr(value, "dtype", None) in (torch.float16, torch.bfloat16)
+        return value.to(like.dtype) if halved else value
 
     def _check_times(self, times: Sequence[float] | Tensor) -> list[float]:
         try:
