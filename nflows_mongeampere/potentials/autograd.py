@@ -86,7 +86,7 @@ class AutogradPotential(Potential):
             return None
         if self.probe == "gaussian":
             return torch.randn_like(x)
-        return torch.randint_like(x, 2) * 2 - 1
+        return torch.randint(2, x.shape, dtype=x.dtype, device=x.device) * 2 - 1
 
     def _value(self, x: Tensor, t: Time | None, context: Tensor | None) -> Tensor:
         arguments: dict[str, Tensor | None] = {}
@@ -103,13 +103,17 @@ class AutogradPotential(Potential):
             )
         return value
 
+    @torch.compiler.disable  # the graph of a compiled function cannot be differentiated twice
     def _gradient(self, x: Tensor, t: Time | None, context: Tensor | None) -> Tensor:
         with _differentiation(x, context) as (point, row_context, keep_graph):
             return _derivative(self._value(point, t, row_context), point, keep_graph)
 
     def _laplacian(self, x: Tensor, t: Time | None, context: Tensor | None) -> Tensor:
-        return self._gradient_and_laplacian(x, t, context, probe=self._draw_probe(x))[1]
+        probe = self._draw_probe(x)
+        laplacian: Tensor = self._gradient_and_laplacian(x, t, context, probe=probe)[1]
+        return laplacian
 
+    @torch.compiler.disable
     def _gradient_and_laplacian(
         self,
         x: Tensor,
