@@ -90,7 +90,7 @@ class DirectDynamics(Dynamics):
         return self._points(state), state[:, -1].clone()
 
     def _points(self, state: Tensor) -> Tensor:
-        return state[:, :-1].unflatten(1, self._event_shape)
+        return state[:, :-1].reshape(len(state), *self._event_shape)
 
 
 class ReducedDynamics(Dynamics):

@@ -8,6 +8,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +17,16 @@ from torchdyn.numerics.solvers.ode import (
     SOLVER_DICT,
     AsynchronousLeapfrog,
     ImplicitEuler,
+    RungeKutta4,
     str_to_solver,
 )
 from torchdyn.numerics.utils import adapt_step, hairer_norm, init_step
 
 from nflows_mongeampere import validation
 from nflows_mongeampere.dynamics import Dynamics
+
+# a torchdyn solver: torchdyn has no types, and its two base classes share none
+Solver = Any
 
 SENSITIVITIES = ("autograd", "recompute", "adjoint", "interpolated_adjoint")
 
@@ -74,6 +79,13 @@ class Integrator:
                 f"solver: got {self.solver!r}, expected the name of a torchdyn solver "
                 f"({', '.join(sorted(SOLVER_DICT))}) or an instance of one"
             )
+        if getattr(self.solver, "stepping_class", None) == "adaptive" and isinstance(
+            self.solver, AsynchronousLeapfrog
+        ):
+            raise ValueError(
+                "solver: got an adaptive AsynchronousLeapfrog, whose error estimate does not "
+                "shrink with its steps; use one with stepping_class='fixed', or 'dopri5'"
+            )
         validation.integer("steps", self.steps)
         validation.choice("sensitivity", self.sensitivity, SENSITIVITIES)
         validation.positive("atol", self.atol)
@@ -113,6 +125,10 @@ class Integrator:
         solver = self._instance(dynamics.state.dtype)
         # torchdyn moves the tableau of the solver to the device and dtype of the state
         solver.sync_device_dtype(dynamics.state, torch.zeros(()))
+        if isinstance(solver, RungeKutta4):
+            # torchdyn takes the first three of the times 0, 1/2, 1/2, 1 for the last three stages
+            c, *weights = solver.tableau
+            solver.tableau = (c[-3:], *weights)
         if self._uses_adjoint:
             states = self._solve_adjoint(solver, dynamics, times, duration)
         else:
@@ -126,7 +142,7 @@ class Integrator:
         return states
 
     def _solve_stepwise(
-        self, solver: nn.Module, dynamics: Dynamics, times: Sequence[float], duration: float
+        self, solver: Solver, dynamics: Dynamics, times: Sequence[float], duration: float
     ) -> list[Tensor]:
         stepper = _Stepper(solver, dynamics, recompute=self.sensitivity == "recompute")
         states = [stepper.start(times[0])]
@@ -150,7 +166,7 @@ class Integrator:
         return [start + (stop - start) * i / count for i in range(count)] + [stop]
 
     def _adaptive(
-        self, solver: nn.Module, stepper: _Stepper, state: Tensor, start: float, stop: float
+        self, solver: Solver, stepper: _Stepper, state: Tensor, start: float, stop: float
     ) -> Tensor:
         sign = 1.0 if stop > start else -1.0
         t, size = start, self._first_step(solver, stepper.dynamics, state, start, sign)
@@ -183,14 +199,19 @@ class Integrator:
         )
 
     @torch.no_grad()
-    def _error_ratio(self, state: Tensor, candidate: Tensor, error: Tensor) -> Tensor:
+    def _error_ratio(self, state: Tensor, candidate: Tensor, error: Tensor | None) -> Tensor:
         """The error of a step in units of the tolerance; infinite where the step failed."""
+        if error is None or error.shape != state.shape:
+            raise IntegrationError(
+                "the adaptive solver returned no error estimate of the state from its step; use a "
+                "solver with an embedded pair, like 'dopri5', or a fixed-step one"
+            )
         scale = self.atol + self.rtol * torch.maximum(state.abs(), candidate.abs())
         ratio: Tensor = hairer_norm(error / scale)
         return torch.nan_to_num(ratio, nan=math.inf, posinf=math.inf)
 
     def _first_step(
-        self, solver: nn.Module, dynamics: Dynamics, state: Tensor, start: float, sign: float
+        self, solver: Solver, dynamics: Dynamics, state: Tensor, start: float, sign: float
     ) -> float:
         # torchdyn's guess is made for rising times
         def rising(tau: Tensor, y: Tensor) -> Tensor:
@@ -204,7 +225,7 @@ class Integrator:
         return float(step)
 
     def _solve_adjoint(
-        self, solver: nn.Module, dynamics: Dynamics, times: Sequence[float], duration: float
+        self, solver: Solver, dynamics: Dynamics, times: Sequence[float], duration: float
     ) -> list[Tensor]:
         problem_class = _import_ode_problem()
         adaptive = solver.stepping_class == "adaptive"
@@ -233,10 +254,9 @@ class Integrator:
             states.append(state)
         return states
 
-    def _instance(self, dtype: torch.dtype) -> nn.Module:
+    def _instance(self, dtype: torch.dtype) -> Solver:
         if isinstance(self.solver, str):
-            solver: nn.Module = str_to_solver(self.solver, dtype)
-            return solver
+            return str_to_solver(self.solver, dtype)
         return copy.deepcopy(self.solver)
 
 
@@ -249,7 +269,7 @@ class _Stepper:
         recompute: whether to keep only the state at the start of the step for the gradient.
     """
 
-    def __init__(self, solver: nn.Module, dynamics: Dynamics, recompute: bool) -> None:
+    def __init__(self, solver: Solver, dynamics: Dynamics, recompute: bool) -> None:
         self.dynamics = dynamics
         self._solver = solver
         self._recompute = recompute
@@ -290,7 +310,13 @@ class _Stepper:
                 parameter.requires_grad_(flag)
 
     def _step(self, t: float, dt: float, state: Tensor) -> tuple[Tensor, Tensor | None]:
-        advanced, error = self._solver.step(self.dynamics, state, t, dt)[1:3]
+        step = self._solver.step(self.dynamics, state, t, dt)
+        if not isinstance(step, tuple) or len(step) < 3:
+            raise IntegrationError(
+                f"solver {_name(self._solver)} returned {type(step).__name__} from its step, "
+                "expected a tuple (slope, state, error), like torchdyn's solvers"
+            )
+        advanced, error = step[1:3]
         if not isinstance(advanced, Tensor) or advanced.shape != state.shape:
             raise IntegrationError(
                 f"solver {_name(self._solver)} returned {type(advanced).__name__} from its step, "
@@ -323,7 +349,10 @@ class _Stepper:
             for _ in range(1000):
                 (product,) = torch.autograd.grad(image, root, adjoint, retain_graph=True)
                 update = grad + product
-                converged = bool((update - adjoint).norm() <= _EPSILON[grad.dtype] * update.norm())
+                size = update.norm()
+                if not bool(size.isfinite()):
+                    break
+                converged = bool((update - adjoint).norm() <= _EPSILON[grad.dtype] * size)
                 adjoint = update
                 if converged:
                     return adjoint
@@ -334,7 +363,8 @@ class _Stepper:
 
         if solution.requires_grad:
             solution.register_hook(solve)
-        return solution
+        # the value of the root, whether or not gradients are asked for
+        return root.detach() + (solution - solution.detach())
 
 
 def _forbid_second_derivatives(grad: Tensor) -> None:
@@ -393,5 +423,5 @@ def _has_stepping_class(solver: object) -> bool:
     return getattr(solver, "stepping_class", None) in ("fixed", "adaptive")
 
 
-def _name(solver: nn.Module) -> str:
+def _name(solver: Solver) -> str:
     return type(solver).__name__

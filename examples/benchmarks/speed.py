@@ -1,0 +1,347 @@
+"""How fast the Monge-Ampère flow is, as ratios measured in one run.
+
+    python examples/benchmarks/speed.py [--out DIR] [--repeats N] [--dtype float64] [--quick]
+
+compares this package with the plain published arithmetic, and its use of torchdyn with a loop
+written by hand, and shows how time and memory grow. Timings are interleaved and ratios are taken
+within a round, so that they survive a machine whose speed drifts; run it with nothing beside it.
+
+A section is a function from a ``Plan`` to a ``Section``; to add one, append it to ``SECTIONS``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from enum import Enum
+from functools import partial
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import torch
+import typer
+from benchmark_report import Section, environment, write_report
+from paired_timing import Spread, Timings, Track, interleave
+from peak_memory import Peak, measure_peak
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from speed_problem import SOLVERS, VARIANTS, Problem, Size, plain_products, saved_bytes
+
+from nflows_mongeampere.dynamics import _gram_product
+
+MB = 1e6
+
+Item = TypeVar("Item")
+
+
+class Precision(str, Enum):
+    """The precisions of the flow."""
+
+    float32 = "float32"
+    float64 = "float64"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured: the main size, rounds, the sizes of the sweeps, and a progress bar."""
+
+    size: Size
+    rounds: int
+    batches: tuple[int, ...]
+    steps: tuple[int, ...]
+    track: Track
+
+
+def machine(plan: Plan) -> Section:
+    """The environment, and what the package's own H×H by H×B product gains here."""
+    size, dtype = plan.size, getattr(torch, plan.size.dtype)
+    gram = torch.randn(size.hidden, size.hidden, dtype=dtype)
+    s = torch.randn(size.hidden, size.batch, dtype=dtype)
+    calls = 200
+
+    def repeat(product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        for _ in range(calls):
+            product(gram, s)
+
+    candidates = {"matmul": partial(repeat, torch.matmul), "own": partial(repeat, _gram_product)}
+    timings = interleave(candidates, rounds=2 * plan.rounds, track=plan.track)
+    gain = timings.ratio("matmul", "own")
+    rate = 2 * size.hidden**2 * size.batch * calls / 1e9
+    rows = [[name, value] for name, value in environment().items()]
+    for label, name in (("torch.matmul", "matmul"), ("this package's product", "own")):
+        seconds = timings.median(name)
+        rows.append([label, f"{1e3 * seconds / calls:.3f} ms, {rate / seconds:.0f} Gflop/s"])
+    rows.append(["matmul / this package's product", str(gain)])
+    return Section(
+        "machine",
+        f"Machine, and one product of {size.hidden}×{size.hidden} by {size.hidden}×{size.batch}",
+        ["", "value"],
+        rows,
+        [
+            "The package computes this product in float32 on CPUs by oneDNN instead of MKL. On AMD "
+            "processors oneDNN is the faster one, and a part of the ratios below is owed to that "
+            "rather than to reduced coordinates; the rows 'plain matmul' show the rest."
+        ],
+        {"environment": environment(), "seconds_for_calls": timings.seconds, "calls": calls},
+    )
+
+
+def agreement(plan: Plan) -> Section:
+    """Whether everything that is timed computes the same numbers."""
+    problem = Problem(plan.size)
+    values, gradients = {}, {}
+    for variant in plan.track(VARIANTS):
+        values[variant] = problem.evaluate(variant)
+        gradients[variant] = problem.train(variant)
+    names = [name for name, _ in problem.potential.named_parameters()]
+    rows, figures = [], {}
+    for variant in VARIANTS[1:]:
+        pairs = zip(
+            [values[variant], *gradients[variant]],
+            [values["published"], *gradients["published"]],
+            strict=True,
+        )
+        differences = [float((ours - theirs).norm() / theirs.norm()) for ours, theirs in pairs]
+        figures[variant] = dict(zip(["log density", *names], differences, strict=True))
+        rows.append([variant, *(f"{difference:.1e}" for difference in differences)])
+    return Section(
+        "agreement",
+        f"Relative difference from the plain published arithmetic, {plan.size.dtype}",
+        ["sensitivity", "log density", *(f"gradient: {name}" for name in names)],
+        rows,
+        [],
+        figures,
+    )
+
+
+def training(plan: Plan) -> Section:
+    """A training step against the plain published arithmetic."""
+    problem = Problem(plan.size)
+    return _comparison(
+        plan, "training", "Training step: log-likelihood and gradient", problem.train
+    )
+
+
+def evaluation(plan: Plan) -> Section:
+    """An evaluation of the density against the plain published arithmetic."""
+    problem = Problem(plan.size)
+    return _comparison(plan, "evaluation", "Evaluation: log-density, no graph", problem.evaluate)
+
+
+def _comparison(plan: Plan, name: str, title: str, call: Callable[[str], object]) -> Section:
+    def plainly(variant: str) -> object:
+        with plain_products():
+            return call(variant)
+
+    ours = VARIANTS[1:] if name == "training" else VARIANTS[1:2]
+    candidates: dict[str, Callable[[], object]] = {v: partial(call, v) for v in VARIANTS[:1] + ours}
+    candidates |= {f"{v}, plain matmul": partial(plainly, v) for v in ours}
+    timings = interleave(candidates, rounds=plan.rounds, track=plan.track)
+    rows = [
+        [
+            candidate,
+            f"{timings.median(candidate):.3f}",
+            str(timings.ratio("published", candidate)),
+            str(timings.ratio(candidate, "autograd")),
+        ]
+        for candidate in candidates
+    ]
+    return Section(
+        name,
+        title,
+        ["arithmetic", "seconds", "times faster than published", "time / autograd"],
+        rows,
+        [f"{plan.size}. Median and (smallest-largest) over {plan.rounds} interleaved rounds."],
+        {"seconds": timings.seconds},
+    )
+
+
+def overhead(plan: Plan) -> Section:
+    """Torchdyn against a loop written by hand, over the same reduced equations of motion."""
+    problem = Problem(plan.size)
+    rows, figures = [], {}
+    for job, call in (("training step", problem.train), ("evaluation", problem.evaluate)):
+        candidates = {solver: partial(call, solver) for solver in SOLVERS}
+        timings = interleave(candidates, rounds=2 * plan.rounds, track=plan.track)
+        medians = [f"{timings.median(solver):.3f}" for solver in SOLVERS]
+        rows.append([job, *medians, str(timings.ratio("torchdyn", "hand loop"))])
+        figures[job] = timings.seconds
+    return Section(
+        "overhead",
+        "torchdyn's rk4 and a Runge-Kutta loop written by hand",
+        ["", "hand loop: seconds", "torchdyn: seconds", "torchdyn / hand loop"],
+        rows,
+        [f"{plan.size}. Median and (smallest-largest) over {2 * plan.rounds} interleaved rounds."],
+        {"seconds": figures},
+    )
+
+
+def memory(plan: Plan) -> Section:
+    """The peak memory of a training step, each in a process of its own."""
+    problem = Problem(plan.size)
+    peaks: dict[str, Peak] = {}
+    kept: dict[str, int] = {}
+    for variant in plan.track(VARIANTS):
+        peaks[variant] = measure_peak(variant, plan.size)
+        kept[variant] = saved_bytes(problem, variant)
+    base = peaks["published"]
+    rows = [
+        [
+            variant,
+            f"{peak.first / MB:.0f}",
+            f"{base.first / peak.first:.1f}",
+            f"{peak.later / MB:.0f}",
+            f"{base.later / peak.later:.1f}",
+            f"{kept[variant] / MB:.0f}",
+        ]
+        for variant, peak in peaks.items()
+    ]
+    return Section(
+        "memory",
+        "Peak memory of a training step",
+        ["arithmetic", "first: MB", "times less", "later: MB", "times less", "saved tensors: MB"],
+        rows,
+        [
+            f"{plan.size}. Peak resident memory of a process that does nothing else, less what it "
+            "held before the step. First: the first step, with all that libraries load at first "
+            "use. Later: the second one. Saved tensors: what the forward pass keeps for the "
+            "backward pass."
+        ],
+        {"peak_bytes": {v: asdict(peak) for v, peak in peaks.items()}, "saved_bytes": kept},
+    )
+
+
+def scaling_with_batch(plan: Plan) -> Section:
+    """The time of a training step as the batch grows."""
+    return _scaling(plan, "batch", plan.batches)
+
+
+def scaling_with_steps(plan: Plan) -> Section:
+    """The time of a training step as the number of Runge-Kutta steps grows."""
+    return _scaling(plan, "steps", plan.steps)
+
+
+def _scaling(plan: Plan, axis: str, values: tuple[int, ...]) -> Section:
+    problems = {str(v): Problem(_resized(plan.size, axis, v)) for v in values}
+    candidates = {name: partial(p.train, "recompute") for name, p in problems.items()}
+    timings = interleave(candidates, rounds=max(1, plan.rounds // 2 + 1), track=plan.track)
+    rows = [_scaling_row(timings, values[0], value) for value in values]
+    return Section(
+        f"scaling_{axis}",
+        f"Time of a training step with 'recompute' against {axis}",
+        [axis, "seconds", f"time / time at {values[0]}", "linear", "part of linear"],
+        rows,
+        ["Below 1, the fixed costs (G, overhead of small products) are spread over more work."],
+        {"seconds": timings.seconds},
+    )
+
+
+def _scaling_row(timings: Timings, smallest: int, value: int) -> list[str]:
+    ratio = timings.ratio(str(value), str(smallest))
+    linear = value / smallest
+    relative = Spread(*(figure / linear for figure in (ratio.median, ratio.low, ratio.high)))
+    seconds = timings.median(str(value))
+    return [str(value), f"{seconds:.3f}", str(ratio), f"{linear:.2f}", str(relative)]
+
+
+def memory_with_steps(plan: Plan) -> Section:
+    """The memory of a training step with "recompute" as the number of steps grows."""
+    figures: dict[int, dict[str, int]] = {}
+    for steps in plan.track(plan.steps):
+        size = replace(plan.size, steps=steps)
+        figures[steps] = {
+            "states": steps * size.state_bytes,
+            "saved": saved_bytes(Problem(size), "recompute"),
+            "peak": measure_peak("recompute", size).later,
+        }
+    first = figures[plan.steps[0]]
+    rows = [
+        [
+            str(steps),
+            f"{found['saved'] / MB:.2f}",
+            f"{found['peak'] / MB:.1f}",
+            *(f"{(found[what] - first[what]) / MB:.2f}" for what in ("states", "saved", "peak")),
+        ]
+        for steps, found in figures.items()
+    ]
+    return Section(
+        "memory_steps",
+        "Memory of a training step with 'recompute' as steps grow, MB",
+        ["steps", "saved tensors", "peak", "growth of states", "of saved tensors", "of peak"],
+        rows,
+        [
+            f"The state between two steps, (H + 1) × B numbers, takes "
+            f"{plan.size.state_bytes / MB:.2f} MB; growth is counted from {plan.steps[0]} steps. "
+            "The peak is that of the second step of a process of its own."
+        ],
+        {"bytes": figures},
+    )
+
+
+SECTIONS = (
+    machine,
+    agreement,
+    training,
+    evaluation,
+    memory,
+    overhead,
+    scaling_with_batch,
+    scaling_with_steps,
+    memory_with_steps,
+)
+
+
+def _resized(size: Size, axis: str, value: int) -> Size:
+    return replace(size, batch=value) if axis == "batch" else replace(size, steps=value)
+
+
+def _plan(rounds: int | None, dtype: str, quick: bool, track: Track) -> Plan:
+    if quick:
+        size = Size(features=400, hidden=256, batch=20, steps=16, time=1.6, dtype=dtype)
+        return Plan(size, rounds or 1, (10, 20), (8, 16), track)
+    sweep = (25, 50, 100, 200)
+    return Plan(Size(dtype=dtype), rounds or 5, sweep, sweep, track)
+
+
+def _measure(rounds: int | None, dtype: str, quick: bool, console: Console) -> list[Section]:
+    """Run all sections behind a progress bar, and print each as soon as it is there."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    sections = []
+    # a lively bar would compete with what is timed
+    with Progress(
+        *columns, TimeElapsedColumn(), console=console, refresh_per_second=1, transient=True
+    ) as progress:
+
+        def track(items: Sequence[Item]) -> Iterator[Item]:
+            task = progress.add_task("calls", total=len(items))
+            yield from progress.track(items, task_id=task)
+            progress.remove_task(task)
+
+        plan = _plan(rounds, dtype, quick, track)
+        for measure in progress.track(SECTIONS, description="speed"):
+            section = measure(plan)
+            section.show(progress.console)
+            sections.append(section)
+    return sections
+
+
+def main(
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for speed.md and results.json.", file_okay=False)
+    ] = None,
+    repeats: Annotated[
+        int | None, typer.Option(min=1, help="Rounds of each timing; 5, or 1 with --quick.")
+    ] = None,
+    dtype: Annotated[Precision, typer.Option(help="The precision.")] = Precision.float32,
+    quick: Annotated[bool, typer.Option(help="Small sizes, to see that it runs.")] = False,
+) -> None:
+    """Measure the speed and memory of the Monge-Ampère flow, as ratios."""
+    console = Console()
+    sections = _measure(repeats, dtype.value, quick, console)
+    if out is not None:
+        write_report(out, "speed", "Speed of the Monge-Ampère flow", sections)
+        console.print(f"wrote {out / 'speed.md'} and {out / 'results.json'}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,169 @@
+"""What the promises are tested on. A new potential joins by being added to ``POTENTIALS``."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import normflows
+import torch
+from nflows.distributions import StandardNormal
+from nflows.flows import Flow
+from torch import Tensor, nn
+
+from nflows_mongeampere import AutogradPotential, MongeAmpereTransform, Potential, RidgePotential
+from nflows_mongeampere.normflows import MongeAmpere
+
+ACTIVATIONS = {"softplus": nn.functional.softplus, "logcosh": lambda h: h.cosh().log()}
+FACES = ("nflows", "normflows")
+BATCH = 3
+
+# The bounds on a round trip with the settings of `flow`, and the bounds on its gradient by
+# finite differences: the error of the solver for the continuous adjoints, rounding for the others.
+ROUND_TRIP = {
+    "euler": 0.1,
+    "midpoint": 1e-3,
+    "rk4": 1e-6,
+    "dopri5": 1e-5,
+    "tsit5": 1e-5,
+    "ieuler": 0.1,
+    "alf": 1e-3,
+}
+SENSITIVITIES = ("autograd", "recompute", "adjoint", "interpolated_adjoint")
+
+
+class Network(nn.Module):
+    """u(x) with one hidden layer; flattens whatever the event shape is."""
+
+    def __init__(self, features: int, activation: str, inputs: int = 0) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(features + inputs, 4)
+        self.amplitude = nn.Parameter(torch.randn(4))
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ACTIVATIONS[self.activation](self.hidden(x.flatten(1))) @ self.amplitude
+
+
+class ConditionalNetwork(Network):
+    """u(x, t; c) for images with one number of context."""
+
+    def __init__(self, features: int, activation: str) -> None:
+        super().__init__(features, activation, inputs=2)
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        return super().forward(torch.cat([x.flatten(1), t.expand(len(x), 1), context], dim=1))
+
+
+@dataclass(frozen=True)
+class Example:
+    """How to build a potential for one activation, and what it takes."""
+
+    build: Callable[[str], Potential]
+    shape: tuple[int, ...]
+    context_features: int | None = None
+
+
+def _ridge(features: int, hidden: int, **keywords: Any) -> Callable[[str], Potential]:
+    return lambda activation: RidgePotential(features, hidden, activation=activation, **keywords)
+
+
+# With these batches few ridges in many dimensions move in reduced coordinates, the others in x.
+POTENTIALS = {
+    "reduced": Example(_ridge(6, 2), (6,)),
+    "direct": Example(_ridge(2, 8), (2,)),
+    "reduced-time": Example(_ridge(6, 2, time_dependent=True), (6,)),
+    "reduced-context": Example(_ridge(6, 2, context_features=1), (6,), 1),
+    "reduced-image": Example(_ridge(8, 2), (2, 2, 2)),
+    "direct-everything": Example(
+        _ridge(4, 9, time_dependent=True, context_features=2), (1, 2, 2), 2
+    ),
+    "network": Example(lambda a: AutogradPotential(Network(3, a)), (3,)),
+    "network-everything": Example(
+        lambda a: AutogradPotential(ConditionalNetwork(4, a)), (1, 2, 2), 1
+    ),
+    "hutchinson": Example(lambda a: AutogradPotential(Network(3, a), laplacian="hutchinson"), (3,)),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A flow: potential x activation x solver x sensitivity."""
+
+    potential: str
+    activation: str = "softplus"
+    solver: str = "rk4"
+    sensitivity: str = "autograd"
+    keywords: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    def __str__(self) -> str:
+        return f"{self.potential}-{self.activation}-{self.solver}-{self.sensitivity}"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return POTENTIALS[self.potential].shape
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        steps = {"ieuler": 3, "rk4": 4}.get(self.solver, 6)
+        return {
+            "solver": self.solver,
+            "sensitivity": self.sensitivity,
+            "time": 0.4,
+            "steps": steps,
+            "atol": 1e-7,
+            "rtol": 1e-7,
+            **self.keywords,
+        }
+
+    def build_potential(self, seed: int = 0) -> Potential:
+        """The potential in float64, with weights that move points and parameters of every kind."""
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            potential = POTENTIALS[self.potential].build(self.activation).double()
+            if isinstance(potential, RidgePotential):
+                nn.init.normal_(potential.amplitude)
+        return potential
+
+    def batch(self, size: int = BATCH) -> tuple[Tensor, Tensor | None]:
+        """Points and their context."""
+        generator = torch.Generator().manual_seed(1)
+        width = POTENTIALS[self.potential].context_features
+        x = torch.randn(size, *self.shape, generator=generator, dtype=torch.float64)
+        if width is None:
+            return x, None
+        return x, torch.randn(size, width, generator=generator, dtype=torch.float64)
+
+
+class Model:
+    """A density whose transport is a case, through the eyes of one face."""
+
+    def __init__(self, case: Case, face: str = "nflows", seed: int = 0) -> None:
+        potential = case.build_potential(seed)
+        self.density: nn.Module
+        if face == "nflows":
+            transform = MongeAmpereTransform(potential, **case.settings)
+            self.transport = transform
+            self.to_noise, self.to_data = transform.forward, transform.inverse
+            self.density = Flow(transform, StandardNormal(case.shape))
+        else:
+            flow = MongeAmpere(potential, **case.settings)
+            self.transport = flow
+            self.to_noise, self.to_data = flow.inverse, flow.forward
+            base = normflows.distributions.DiagGaussian(case.shape, trainable=False).double()
+            self.density = normflows.ConditionalNormalizingFlow(base, [flow])
+        self.potential = potential
+
+    def log_prob(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """With the same Hutchinson probe in every call."""
+        torch.manual_seed(2)
+        return self.density.log_prob(x, context)
+
+
+CASES = [
+    Case(*combination)
+    for combination in itertools.product(POTENTIALS, ACTIVATIONS, ROUND_TRIP, SENSITIVITIES)
+    if not (combination[2] == "alf" and "adjoint" in combination[3])
+]
