@@ -118,16 +118,15 @@ class TestSolvers:
                 rtol=tolerance,
             )
             pairs = zip(transform(x, context), fine(x, context), strict=True)
-            errors.append(float(max((a - b).abs().max() for a, b in pairs)))
+            errors.append(max((a - b).detach().abs().max() for a, b in pairs))
             assert errors[-1] < 30 * tolerance
         assert errors[1] < errors[0] / 1000
 
-    @pytest.mark.parametrize("solver", [*ORDERS, *ADAPTIVE])
+    # torchdyn's odeint does not carry the velocities of leapfrog
+    @pytest.mark.parametrize("solver", ["euler", "ieuler", "midpoint", "rk4", *ADAPTIVE])
     @pytest.mark.parametrize("direction", [(0.0, 1.0), (1.0, 0.0)])
     def test_agrees_with_torchdyn(self, solver, direction):
         """torchdyn's own driver over the same equations, in rising time."""
-        if solver == "alf":
-            pytest.skip("torchdyn's odeint does not carry leapfrog's velocities")
         potential, x, _ = pair("softplus", False)
         dynamics = potential.dynamics(x, None, 10**6)
         sign = direction[1] - direction[0]
@@ -250,7 +249,7 @@ class TestSensitivities:
 
     @pytest.mark.parametrize("hidden", [3, 40], ids=["reduced", "direct"])
     def test_recompute_keeps_the_states_between_steps_alone(self, hidden):
-        batch, features = 64, 8
+        batch, features = 8, 8
         potential = ridge(features, hidden)
         x = torch.randn(batch, features, dtype=torch.float64)
         width = hidden if hidden < 2 * features else features
