@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from nflows_mongeampere import AutogradPotential, Potential, RidgePotential
 
-SHAPES = [(3,), (2, 2, 3)]
+SHAPES = [(3,), (2, 1, 3)]
 POTENTIALS = ["softplus", "logcosh", "network"]
 
 Value = Callable[[Tensor, "float | Tensor"], Tensor]
@@ -151,7 +151,7 @@ def differentiate(value: Value, x: Tensor, t: float | Tensor = 0.0) -> tuple[Ten
 
     points = x.detach().flatten(1)
     gradient = torch.autograd.functional.jacobian(total, points)
-    hessian = torch.autograd.functional.hessian(total, points)
+    hessian = torch.autograd.functional.hessian(total, points, vectorize=True)
     return gradient.view_as(x), torch.einsum("bibi->b", hessian)
 
 

@@ -74,7 +74,7 @@ def test_equations_of_motion(shape, activation, coordinates, options):
     close(velocity[1].detach(), laplacian)
 
 
-@pytest.mark.parametrize(("shape", "hidden"), [((3,), 40), ((2, 2, 3), 4)], ids=str)
+@pytest.mark.parametrize(("shape", "hidden"), [((3,), 16), ((2, 1, 3), 4)], ids=str)
 @pytest.mark.parametrize("solver", ["euler", "midpoint", "rk4"])
 @pytest.mark.parametrize("options", [{}, {"time_dependent": True, "context_features": 2}], ids=str)
 @pytest.mark.parametrize("activation", ["softplus", "logcosh"])
