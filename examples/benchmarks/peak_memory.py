@@ -6,40 +6,37 @@ Called by ``measure_peak`` as ``python peak_memory.py VARIANT SIZE``, with the s
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
 import subprocess
 import sys
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from speed_problem import Problem, Size
 
 
-@dataclass(frozen=True)
-class Peak:
-    """What a training step adds to the peak memory of its process, in bytes.
+def measure_peak(variant: str, size: Size, *, unfragmented: bool = False) -> int:
+    """The bytes that the first training step of a fresh process adds to its peak memory.
 
-    Attributes:
-        first: as the first step of the process, with all that libraries load at first use.
-        later: as the second one.
+    Args:
+        variant: one of those of ``Problem``.
+        size: the size of the problem.
+        unfragmented: let the C library return each freed block to the system at once (glibc only),
+            so that the peak is that of the memory in use, without holes between what is kept.
     """
-
-    first: int
-    later: int
-
-
-def measure_peak(variant: str, size: Size) -> Peak:
-    """The memory of a training step, in a fresh process."""
     command = [sys.executable, __file__, variant, json.dumps(asdict(size))]
-    process = subprocess.run(command, check=False, capture_output=True, text=True)
+    setting = {"MALLOC_MMAP_THRESHOLD_": "65536"} if unfragmented else {}
+    process = subprocess.run(
+        command, check=False, capture_output=True, text=True, env={**os.environ, **setting}
+    )
     if process.returncode != 0:
         raise RuntimeError(
             f"the process that measures the memory of {variant!r} ended with code "
             f"{process.returncode} (-9: killed, most likely for lack of memory)\n{process.stderr}"
         )
-    return Peak(**json.loads(process.stdout))
+    return int(process.stdout)
 
 
 def _peak_resident_bytes() -> int:
@@ -54,24 +51,11 @@ def _peak_resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _reset_peak() -> None:
-    """Let the peak start again from the memory in use, where the system can do that."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _growth_of_peak(variant: str, problem: Problem) -> int:
-    _reset_peak()
-    before = _peak_resident_bytes()
-    problem.train(variant)
-    return _peak_resident_bytes() - before
-
-
 def _main(variant: str, size: str) -> None:
     problem = Problem(Size(**json.loads(size)))
-    first = _growth_of_peak(variant, problem)
-    later = _growth_of_peak(variant, problem)
-    print(json.dumps(asdict(Peak(first, later))))
+    before = _peak_resident_bytes()
+    problem.train(variant)
+    print(_peak_resident_bytes() - before)
 
 
 if __name__ == "__main__":

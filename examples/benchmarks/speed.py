@@ -12,7 +12,7 @@ A section is a function from a ``Plan`` to a ``Section``; to add one, append it 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ import torch
 import typer
 from benchmark_report import Section, environment, write_report
 from paired_timing import Spread, Timings, Track, interleave
-from peak_memory import Peak, measure_peak
+from peak_memory import measure_peak
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from speed_problem import SOLVERS, VARIANTS, Problem, Size, plain_products, saved_bytes
@@ -179,35 +179,32 @@ def overhead(plan: Plan) -> Section:
 def memory(plan: Plan) -> Section:
     """The peak memory of a training step, each in a process of its own."""
     problem = Problem(plan.size)
-    peaks: dict[str, Peak] = {}
+    peaks: dict[str, int] = {}
     kept: dict[str, int] = {}
     for variant in plan.track(VARIANTS):
         peaks[variant] = measure_peak(variant, plan.size)
         kept[variant] = saved_bytes(problem, variant)
-    base = peaks["published"]
     rows = [
         [
             variant,
-            f"{peak.first / MB:.0f}",
-            f"{base.first / peak.first:.1f}",
-            f"{peak.later / MB:.0f}",
-            f"{base.later / peak.later:.1f}",
+            f"{peak / MB:.0f}",
+            f"{peaks['published'] / peak:.1f}",
             f"{kept[variant] / MB:.0f}",
+            f"{kept['published'] / kept[variant]:.1f}",
         ]
         for variant, peak in peaks.items()
     ]
     return Section(
         "memory",
         "Peak memory of a training step",
-        ["arithmetic", "first: MB", "times less", "later: MB", "times less", "saved tensors: MB"],
+        ["arithmetic", "peak: MB", "times less", "saved tensors: MB", "times less"],
         rows,
         [
-            f"{plan.size}. Peak resident memory of a process that does nothing else, less what it "
-            "held before the step. First: the first step, with all that libraries load at first "
-            "use. Later: the second one. Saved tensors: what the forward pass keeps for the "
-            "backward pass."
+            f"{plan.size}. Peak: resident memory of a process that makes one step, less its peak "
+            "after imports and the creation of model and data; what libraries load at first use "
+            "counts. Saved tensors: what the forward pass keeps for the backward pass."
         ],
-        {"peak_bytes": {v: asdict(peak) for v, peak in peaks.items()}, "saved_bytes": kept},
+        {"peak_bytes": peaks, "saved_bytes": kept},
     )
 
 
@@ -252,27 +249,23 @@ def memory_with_steps(plan: Plan) -> Section:
         figures[steps] = {
             "states": steps * size.state_bytes,
             "saved": saved_bytes(Problem(size), "recompute"),
-            "peak": measure_peak("recompute", size).later,
+            "in use": measure_peak("recompute", size, unfragmented=True),
+            "resident": measure_peak("recompute", size),
         }
     first = figures[plan.steps[0]]
     rows = [
-        [
-            str(steps),
-            f"{found['saved'] / MB:.2f}",
-            f"{found['peak'] / MB:.1f}",
-            *(f"{(found[what] - first[what]) / MB:.2f}" for what in ("states", "saved", "peak")),
-        ]
-        for steps, found in figures.items()
+        [str(steps), *(f"{n / MB:.1f} (+{(n - first[what]) / MB:.1f})" for what, n in row.items())]
+        for steps, row in figures.items()
     ]
     return Section(
         "memory_steps",
-        "Memory of a training step with 'recompute' as steps grow, MB",
-        ["steps", "saved tensors", "peak", "growth of states", "of saved tensors", "of peak"],
+        f"Memory of a training step with 'recompute', MB (growth from {plan.steps[0]} steps)",
+        ["steps", "states between steps", "saved tensors", "peak in use", "peak resident"],
         rows,
         [
-            f"The state between two steps, (H + 1) × B numbers, takes "
-            f"{plan.size.state_bytes / MB:.2f} MB; growth is counted from {plan.steps[0]} steps. "
-            "The peak is that of the second step of a process of its own."
+            "One state is (H + 1) × B numbers. Peak in use: resident memory where the C library "
+            "returns each freed block at once. Peak resident: as the C library does by default, "
+            "with the holes that it leaves between the states."
         ],
         {"bytes": figures},
     )
