@@ -20,16 +20,15 @@ ACTIVATIONS = {"softplus": nn.functional.softplus, "logcosh": lambda h: h.cosh()
 FACES = ("nflows", "normflows")
 BATCH = 3
 
-# The bounds on a round trip with the settings of `flow`, and the bounds on its gradient by
-# finite differences: the error of the solver for the continuous adjoints, rounding for the others.
+# What a round trip may miss with the settings below, relative to how far it goes.
 ROUND_TRIP = {
-    "euler": 0.1,
-    "midpoint": 1e-3,
+    "euler": 0.15,
+    "midpoint": 2e-4,
     "rk4": 1e-6,
     "dopri5": 1e-5,
     "tsit5": 1e-5,
-    "ieuler": 0.1,
-    "alf": 1e-3,
+    "ieuler": 0.4,
+    "alf": 1e-5,
 }
 SENSITIVITIES = ("autograd", "recompute", "adjoint", "interpolated_adjoint")
 
@@ -40,7 +39,7 @@ class Network(nn.Module):
     def __init__(self, features: int, activation: str, inputs: int = 0) -> None:
         super().__init__()
         self.hidden = nn.Linear(features + inputs, 4)
-        self.amplitude = nn.Parameter(torch.randn(4))
+        self.amplitude = nn.Parameter(torch.randn(4) / 2)
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
@@ -107,14 +106,14 @@ class Case:
 
     @property
     def settings(self) -> dict[str, Any]:
-        steps = {"ieuler": 3, "rk4": 4}.get(self.solver, 6)
+        steps = {"ieuler": 2, "rk4": 4}.get(self.solver, 6)
         return {
             "solver": self.solver,
             "sensitivity": self.sensitivity,
-            "time": 0.4,
+            "time": 0.25,
             "steps": steps,
-            "atol": 1e-7,
-            "rtol": 1e-7,
+            "atol": 1e-6,
+            "rtol": 1e-6,
             **self.keywords,
         }
 
@@ -124,7 +123,7 @@ class Case:
             torch.manual_seed(seed)
             potential = POTENTIALS[self.potential].build(self.activation).double()
             if isinstance(potential, RidgePotential):
-                nn.init.normal_(potential.amplitude)
+                nn.init.normal_(potential.amplitude, std=0.5)
         return potential
 
     def batch(self, size: int = BATCH) -> tuple[Tensor, Tensor | None]:

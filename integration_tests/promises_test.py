@@ -1,0 +1,125 @@
+"""What every flow promises, walked through potential x activation x solver x sensitivity x face."""
+
+import io
+
+import pytest
+import torch
+from cases import CASES, FACES, POTENTIALS, ROUND_TRIP, SENSITIVITIES, Case, Model
+
+from nflows_mongeampere.dynamics import DirectDynamics, ReducedDynamics
+
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+every_face = pytest.mark.parametrize("face", FACES)
+
+
+@torch.no_grad()
+def both_ways(model, x, context):
+    torch.manual_seed(3)  # the same Hutchinson probe there and back
+    y, logabsdet = model.to_data(x, context)
+    torch.manual_seed(3)
+    z, logabsdet_back = model.to_noise(y, context)
+    return y, logabsdet, z, logabsdet_back
+
+
+@every_face
+@every_case
+def test_round_trip(case, face):
+    x, context = case.batch()
+    y, logabsdet, z, logabsdet_back = both_ways(Model(case, face), x, context)
+    assert y.shape == z.shape == x.shape
+    assert logabsdet.shape == logabsdet_back.shape == x.shape[:1]
+    assert {v.dtype for v in (y, z, logabsdet, logabsdet_back)} == {torch.float64}
+    bound = ROUND_TRIP[case.solver]
+    assert (z - x).norm() <= bound * (y - x).norm() > 0
+    assert (logabsdet + logabsdet_back).norm() <= bound * logabsdet.norm() > 0
+
+
+def gradient_bound(case):
+    """Rounding for the gradient of the discrete solution, solver error for continuous adjoints."""
+    if case.solver == "ieuler":
+        return 0.5 if case.sensitivity == "adjoint" else 1e-3
+    if "adjoint" in case.sensitivity:
+        return {"euler": 0.3, "midpoint": 0.03}.get(case.solver, 0.01)
+    return 1e-4 if case.solver in ("dopri5", "tsit5") else 1e-6
+
+
+@every_face
+@every_case
+def test_gradients_reach_every_parameter(case, face):
+    model = Model(case, face)
+    x, context = case.batch()
+    parameters = dict(model.density.named_parameters())
+    log_prob = model.log_prob(x, context)
+    with torch.no_grad():
+        assert torch.equal(model.log_prob(x, context), log_prob)
+    gradients = torch.autograd.grad(log_prob.sum(), list(parameters.values()))
+    for name, gradient in zip(parameters, gradients, strict=True):
+        assert gradient.abs().max() > 1e-3, name
+
+    generator = torch.Generator().manual_seed(4)
+    directions = [torch.randn(g.shape, generator=generator, dtype=g.dtype) for g in gradients]
+    slope = sum((g * d).sum() for g, d in zip(gradients, directions, strict=True))
+
+    @torch.no_grad()
+    def shifted(size):
+        for parameter, direction in zip(parameters.values(), directions, strict=True):
+            parameter.add_(size * direction)
+        return model.log_prob(x, context).sum()
+
+    difference = (shifted(1e-4) - shifted(-2e-4)) / 2e-4
+    norm = torch.cat([g.flatten() for g in gradients]).norm()
+    assert (slope - difference).abs() <= gradient_bound(case) * norm
+
+
+@torch.no_grad()
+@every_face
+@every_case
+def test_saved_state_in_evaluation_mode(case, face):
+    """A flow with other weights gives the same numbers once it has loaded the state."""
+    model, restored = Model(case, face), Model(case, face, seed=5)
+    x, context = case.batch()
+    buffer = io.BytesIO()
+    torch.save(model.density.state_dict(), buffer)
+    buffer.seek(0)
+    restored.density.load_state_dict(torch.load(buffer))
+    restored.density.eval()
+    assert torch.equal(restored.log_prob(x, context), model.log_prob(x, context))
+
+
+@every_case
+def test_faces_agree(case):
+    """The forward of normflows is the inverse of nflows."""
+    transform, flow = (Model(case, face).transport for face in FACES)
+    x, context = case.batch()
+    with torch.no_grad():
+        for ours, theirs in ((transform.inverse, flow.forward), (transform.forward, flow.inverse)):
+            torch.manual_seed(6)
+            points, logabsdet = ours(x, context)
+            torch.manual_seed(6)
+            same_points, same_logabsdet = theirs(x, context)
+            assert torch.equal(points, same_points)
+            assert torch.equal(logabsdet, same_logabsdet)
+
+
+@every_case
+def test_repr_names_the_choices(case):
+    model = Model(case)
+    text = repr(model.density)
+    for word in (type(model.potential).__name__, repr(case.solver), repr(case.sensitivity)):
+        assert word in text
+
+
+@every_face
+@pytest.mark.parametrize("sensitivity", [s for s in SENSITIVITIES if "adjoint" in s])
+def test_leapfrog_has_no_adjoint(sensitivity, face):
+    with pytest.raises(ValueError, match=r"sensitivity.*recompute"):
+        Model(Case("reduced", solver="alf", sensitivity=sensitivity), face)
+
+
+@pytest.mark.parametrize("name", [n for n in POTENTIALS if n.startswith(("reduced", "direct"))])
+@pytest.mark.parametrize("solver", ROUND_TRIP)
+def test_both_coordinates_are_walked(name, solver):
+    case = Case(name, solver=solver)
+    model = Model(case)
+    dynamics = model.potential.dynamics(*case.batch(), model.transport.integrator.evaluations)
+    assert type(dynamics) is (ReducedDynamics if name.startswith("reduced") else DirectDynamics)
