@@ -134,7 +134,7 @@ class TestLogabsdet:
         x, _ = batch((3,), size=3)
         potential = make_potential("softplus", 3, hidden=6, time_dependent=time_dependent)
         errors = []
-        for steps in (4, 8, 16) if solver == "rk4" else (16, 32, 64):
+        for steps in (4, 8, 16) if solver == "rk4" else (8, 16, 32):
             transform = MongeAmpereTransform(potential, steps=steps, solver=solver)
             jacobian = log_determinant(lambda row, t=transform: t(row)[0], x)
             errors.append((transform(x)[1].detach() - jacobian).norm())
@@ -189,8 +189,8 @@ class TestDensity:
     @pytest.mark.parametrize("kind", POTENTIALS)
     def test_integrates_to_one(self, kind):
         flow = self.flow(kind)
-        density = self.on_grid(flow, 12.0, 160)
-        assert float(density.sum() * (24 / 160) ** 2) == pytest.approx(1, abs=1e-3)
+        density = self.on_grid(flow, 12.0, 80)
+        assert float(density.sum() * (24 / 80) ** 2) == pytest.approx(1, abs=1e-3)
         # far from the base, or this would say little
         base = self.on_grid(
             Flow(MongeAmpereTransform(ridge(2, 2, scale=0)), flow._distribution), 3, 9
@@ -201,11 +201,11 @@ class TestDensity:
     def test_samples_follow_it(self, kind):
         flow = self.flow(kind)
         with torch.no_grad():
-            samples = flow._transform.inverse(torch.randn(20_000, 2, dtype=torch.float64))[0]
+            samples = flow._transform.inverse(torch.randn(10_000, 2, dtype=torch.float64))[0]
         edges = np.linspace(-4, 4, 17)
         counts = torch.as_tensor(np.histogram2d(*samples.T.numpy(), bins=(edges, edges))[0])
-        # each bin from 8×8 cells
-        fine = self.on_grid(flow, 4.0, 128).view(16, 8, 16, 8).sum((1, 3)) * (8 / 128) ** 2
+        # each bin from 4×4 cells
+        fine = self.on_grid(flow, 4.0, 64).view(16, 4, 16, 4).sum((1, 3)) * (8 / 64) ** 2
         expected = len(samples) * fine
         kept = expected > 20
         freedom = int(kept.sum())
@@ -222,7 +222,7 @@ class TestDensity:
         normal = torch.distributions.Normal(0.0, 1.0).log_prob(x).sum(1)
         close(flow.log_prob(x, context), normal, 1e-6)
 
-    @pytest.mark.parametrize("hidden", [3, 40])
+    @pytest.mark.parametrize("hidden", [3, 16])
     @pytest.mark.parametrize("solver", ["rk4", "midpoint"])
     def test_sign_symmetry(self, hidden, solver):
         x, _ = batch((3,))
@@ -280,11 +280,17 @@ class TestTrajectory:
             close(path.points[k].detach(), expected[0])
             close(path.logabsdet[k].detach(), expected[1])
 
-    @pytest.mark.parametrize("solver", [*ORDERS, "dopri5", "tsit5"])
-    @pytest.mark.parametrize("sensitivity", ["autograd", "recompute", "adjoint"])
+    @pytest.mark.parametrize(
+        ("solver", "sensitivity"),
+        [
+            pair
+            for pair in itertools.product(
+                [*ORDERS, "dopri5", "tsit5"], ["autograd", "recompute", "adjoint"]
+            )
+            if pair != ("alf", "adjoint")
+        ],
+    )
     def test_every_solver_between_uneven_times(self, solver, sensitivity):
-        if solver == "alf" and sensitivity == "adjoint":
-            pytest.skip("refused")
         x, _ = batch((3,))
         potential = make_potential("softplus", 3, time_dependent=True)
         transform = MongeAmpereTransform(
