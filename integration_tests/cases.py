@@ -24,7 +24,7 @@ BATCH = 3
 ROUND_TRIP = {
     "euler": 0.15,
     "midpoint": 2e-4,
-    "rk4": 1e-6,
+    "rk4": 1e-5,
     "dopri5": 1e-5,
     "tsit5": 1e-5,
     "ieuler": 0.4,
@@ -106,14 +106,14 @@ class Case:
 
     @property
     def settings(self) -> dict[str, Any]:
-        steps = {"ieuler": 2, "rk4": 4}.get(self.solver, 6)
+        steps = {"ieuler": 2, "rk4": 2}.get(self.solver, 4)
         return {
             "solver": self.solver,
             "sensitivity": self.sensitivity,
             "time": 0.25,
             "steps": steps,
-            "atol": 1e-6,
-            "rtol": 1e-6,
+            "atol": 1e-5,
+            "rtol": 1e-5,
             **self.keywords,
         }
 
