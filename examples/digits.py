@@ -314,7 +314,7 @@ def draw(flows: dict[str, Flow], digits: Digits, path: Path) -> float:
         f"restored\nto {error:.0e}": restored,
     }
     figure = plt.figure(figsize=(13, 6.2), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1.06, 1))
+    ((left, right),) = figure.subfigures(1, 2, width_ratios=(1.06, 1), squeeze=False)
     left.suptitle("Samples after the same training time")
     right.suptitle(f"{FLOWS[0].name}: digits into noise and back")
     draw_rows(left, samples)

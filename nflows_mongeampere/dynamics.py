@@ -39,30 +39,6 @@ class Dynamics:
         raise NotImplementedError
 
 
-class AutonomousDynamics(Dynamics):
-    r"""Equations of motion that depend on time, with time as one more row of the state.
-
-    :math:`dt/dt = 1` makes the system autonomous, so that a solver need not know at which times its
-    stages lie; torchdyn's ``rk4`` hands on wrong ones and loses its order over them.
-
-    Args:
-        dynamics: equations of motion whose derivative depends on time.
-        start: the time at which the solution starts.
-    """
-
-    def __init__(self, dynamics: Dynamics, start: float) -> None:
-        self._dynamics = dynamics
-        self.state = F.pad(dynamics.state, (0, 0, 0, 1), value=start)
-        self.parameters = dynamics.parameters
-
-    def __call__(self, t: float | Tensor, state: Tensor) -> Tensor:
-        derivative = self._dynamics(state[-1, 0], state[:-1])
-        return F.pad(derivative, (0, 0, 0, 1), value=1.0)
-
-    def outputs(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        return self._dynamics.outputs(state[:-1])
-
-
 class DirectDynamics(Dynamics):
     r"""The equations of motion in :math:`x` itself: the state is :math:`[x \mid \ell]`, (B, D + 1).
 

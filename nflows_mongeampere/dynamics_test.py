@@ -6,7 +6,6 @@ from torch import nn
 
 from nflows_mongeampere.conftest import SHAPES, close, definition, differentiate, ridge
 from nflows_mongeampere.dynamics import (
-    AutonomousDynamics,
     DirectDynamics,
     ReducedDynamics,
     _ConvolutionProduct,
@@ -39,8 +38,6 @@ def reduced(potential, inputs, context):
 
 def solve(coordinates, potential, inputs, context, solver="rk4", start=0.0, stop=1.0, steps=4):
     dynamics = coordinates(potential, inputs, context)
-    if potential.time_dependent:
-        dynamics = AutonomousDynamics(dynamics, start)
     return dynamics.outputs(Integrator(solver, steps).solve(dynamics, (start, stop), 1.0)[-1])
 
 
@@ -128,19 +125,6 @@ def test_second_derivatives(coordinates):
     leaves = [leaf.requires_grad_() for leaf in leaves]
     assert torch.autograd.gradcheck(solution, leaves)
     assert torch.autograd.gradgradcheck(solution, leaves)
-
-
-def test_time_is_part_of_the_state():
-    """One solve of dt/dt = 1, whichever stage times the solver believes in."""
-    potential = ridge(2, 3, time_dependent=True)
-    x = torch.randn(4, 2, dtype=torch.float64)
-    for coordinates in (direct, reduced):
-        inner = coordinates(potential, x, None)
-        dynamics = AutonomousDynamics(inner, 0.25)
-        assert torch.equal(dynamics.state[-1], torch.full_like(dynamics.state[-1], 0.25))
-        derivative = dynamics(torch.nan, dynamics.state)
-        close(derivative[:-1], inner(0.25, inner.state), 1e-14)
-        assert torch.equal(derivative[-1], torch.ones_like(derivative[-1]))
 
 
 class TestConvolutionProduct:

@@ -13,7 +13,6 @@ from torchdyn.numerics.solvers.ode import AsynchronousLeapfrog, DormandPrince45,
 
 from nflows_mongeampere import IntegrationError, Integrator, MongeAmpereTransform, Potential
 from nflows_mongeampere.conftest import POTENTIALS, close, make_potential, ridge
-from nflows_mongeampere.dynamics import AutonomousDynamics
 
 ORDERS = {"euler": 1, "ieuler": 1, "midpoint": 2, "alf": 2, "rk4": 4}
 ADAPTIVE = ["dopri5", "tsit5"]
@@ -407,14 +406,6 @@ class TestFailures:
         y, _ = MongeAmpereTransform(Growth(-20.0), solver="ieuler", steps=1).inverse(x)
         with pytest.raises(IntegrationError, match=r"did not converge.*more steps"):
             y.sum().backward()
-
-    def test_autonomous_time_does_not_leak(self):
-        potential, x, context = pair("softplus", True)
-        dynamics = potential.dynamics(x, context, 32)
-        inner = dynamics.outputs(dynamics.state)
-        outer = AutonomousDynamics(dynamics, 0.5)
-        for ours, theirs in zip(outer.outputs(outer.state), inner, strict=True):
-            assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize(

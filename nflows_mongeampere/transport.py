@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from nflows_mongeampere import validation
-from nflows_mongeampere.dynamics import AutonomousDynamics
 from nflows_mongeampere.integration import Integrator
 from nflows_mongeampere.potentials import Potential
 
@@ -130,8 +129,6 @@ class Transport(nn.Module):
                 context = None if context is None else context.clone()
                 return self._follow(name, inputs.clone(), context, times)
         dynamics = self.potential.dynamics(inputs, context, self.integrator.evaluations)
-        if self.potential.time_dependent:
-            dynamics = AutonomousDynamics(dynamics, times[0])
         if len(inputs) == 0:
             states = [dynamics.state] * len(times)
         else:
