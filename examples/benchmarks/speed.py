@@ -294,7 +294,7 @@ def _plan(rounds: int | None, dtype: str, quick: bool, track: Track) -> Plan:
         size = Size(features=400, hidden=256, batch=20, steps=16, time=1.6, dtype=dtype)
         return Plan(size, rounds or 1, (10, 20), (8, 16), track)
     sweep = (25, 50, 100, 200)
-    return Plan(Size(dtype=dtype), rounds or 5, sweep, sweep, track)
+    return Plan(Size(dtype=dtype), rounds or 4, sweep, sweep, track)
 
 
 def _measure(rounds: int | None, dtype: str, quick: bool, console: Console) -> list[Section]:
@@ -324,7 +324,7 @@ def main(
         Path | None, typer.Option(help="Folder for speed.md and results.json.", file_okay=False)
     ] = None,
     repeats: Annotated[
-        int | None, typer.Option(min=1, help="Rounds of each timing; 5, or 1 with --quick.")
+        int | None, typer.Option(min=1, help="Rounds of each timing; 4, or 1 with --quick.")
     ] = None,
     dtype: Annotated[Precision, typer.Option(help="The precision.")] = Precision.float32,
     quick: Annotated[bool, typer.Option(help="Small sizes, to see that it runs.")] = False,
