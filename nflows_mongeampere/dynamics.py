@@ -16,6 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nflows_mongeampere.activations import Activation
+from nflows_mongeampere.differentiation import derivatives, differentiation
+
 Field = Callable[[Tensor, "float | Tensor", "Tensor | None"], "tuple[Tensor, Tensor]"]
 
 
@@ -38,35 +41,72 @@ class Dynamics:
         r"""The points, in the shape of the inputs, and :math:`\ell`, shape (B,)."""
         raise NotImplementedError
 
+    def costs(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        r"""The costs of transport, shape (B,), where the state carries them.
+
+        .. math:: E = \int \|\nabla u\|^2 dt, \qquad
+                  R = \int \left(\frac{d \Delta u}{dt}\right)^2 dt \quad \text{along the path.}
+        """
+        raise NotImplementedError
+
 
 class DirectDynamics(Dynamics):
     r"""The equations of motion in :math:`x` itself: the state is :math:`[x \mid \ell]`, (B, D + 1).
+
+    With ``costs`` these follow: :math:`[x \mid \ell \mid E \mid R]`, (B, D + 3).
 
     Args:
         field: maps (x, t, context) to :math:`(\nabla u, \Delta u)`.
         inputs: starting points, shape (B, ...).
         context: shape (B, ...) or None.
         potential: the module whose parameters the field depends on.
+        costs: whether the state carries the costs of transport.
     """
 
     def __init__(
-        self, field: Field, inputs: Tensor, context: Tensor | None, potential: nn.Module
+        self,
+        field: Field,
+        inputs: Tensor,
+        context: Tensor | None,
+        potential: nn.Module,
+        costs: bool = False,
     ) -> None:
-        self._field = field
+        self._field, self._costs = field, costs
         self._context = context
         self._event_shape = inputs.shape[1:]
-        self.state = F.pad(inputs.flatten(1), (0, 1))
+        self.state = F.pad(inputs.flatten(1), (0, 3 if costs else 1))
         self.parameters = (*potential.parameters(), *(() if context is None else (context,)))
 
     def __call__(self, t: float | Tensor, state: Tensor) -> Tensor:
-        gradient, laplacian = self._field(self._points(state), t, self._context)
-        return torch.cat([gradient.flatten(1), laplacian[:, None]], dim=1)
+        x = self._points(state)
+        gradient, laplacian = self._field(x, t, self._context)
+        velocity = gradient.flatten(1)
+        if not self._costs:
+            return torch.cat([velocity, laplacian[:, None]], dim=1)
+        rate = self._laplacian_rate(x, t, gradient)
+        integrands = [laplacian, velocity.square().sum(1), rate.square()]
+        return torch.cat([velocity, torch.stack(integrands, dim=1)], dim=1)
 
     def outputs(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        return self._points(state), state[:, -1].clone()
+        return self._points(state), state[:, self._event_shape.numel()].clone()
+
+    def costs(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        return state[:, -2].clone(), state[:, -1].clone()
+
+    def _laplacian_rate(self, x: Tensor, t: float | Tensor, velocity: Tensor) -> Tensor:
+        r""":math:`d\Delta u/dt = \partial_t\Delta u + \nabla\Delta u \cdot \dot x`, shape (B,)."""
+        with differentiation(x, self._context) as (point, context, keep_graph):
+            time = torch.as_tensor(t, dtype=x.dtype, device=x.device).detach().requires_grad_()
+            laplacian = self._field(point, time, context)[1]
+            # twice in reverse is once forward: the derivative of <w, d(laplacian)> to w
+            weights = torch.ones_like(laplacian).requires_grad_()
+            in_space, in_time = derivatives((laplacian * weights).sum(), (point, time), True)
+            along_path = (in_space * velocity).sum() + in_time
+            (rate,) = derivatives(along_path, (weights,), keep_graph)
+        return rate
 
     def _points(self, state: Tensor) -> Tensor:
-        return state[:, :-1].reshape(len(state), *self._event_shape)
+        return state[:, : self._event_shape.numel()].reshape(len(state), *self._event_shape)
 
 
 class ReducedDynamics(Dynamics):
@@ -91,8 +131,7 @@ class ReducedDynamics(Dynamics):
         offset: :math:`Vc + b`, shape (H, B) or (H, 1).
         amplitude: :math:`a`, shape (H,).
         time_weight: :math:`v`, shape (H,), or None for :math:`v = 0`.
-        first: :math:`\sigma'(h)`.
-        second: :math:`\sigma''(h)` as a function of :math:`\sigma'(h)`.
+        activation: :math:`\sigma`.
     """
 
     def __init__(
@@ -102,8 +141,7 @@ class ReducedDynamics(Dynamics):
         offset: Tensor,
         amplitude: Tensor,
         time_weight: Tensor | None,
-        first: Callable[[Tensor], Tensor],
-        second: Callable[[Tensor], Tensor],
+        activation: Activation,
     ) -> None:
         self._inputs = inputs
         self._weight = weight
@@ -112,23 +150,74 @@ class ReducedDynamics(Dynamics):
         self._amplitude = amplitude[:, None]
         self._curvature = amplitude * weight.square().sum(1)
         self._time_weight = None if time_weight is None else time_weight[:, None]
-        self._first, self._second = first, second
+        self._activation = activation
         self.state = inputs.new_zeros(len(weight) + 1, len(inputs))
         self.parameters = (self._h0, self._gram, self._amplitude, self._curvature)
         if self._time_weight is not None:
             self.parameters += (self._time_weight,)
 
     def __call__(self, t: float | Tensor, state: Tensor) -> Tensor:
-        h = self._h0 + _gram_product(self._gram, state[:-1])
-        if self._time_weight is not None:
-            h = h + self._time_weight * t
-        p = self._first(h)
-        laplacian = self._curvature @ self._second(p)
+        p = self._slopes(t, _gram_product(self._gram, state[:-1]))
+        laplacian = self._curvature @ self._activation.second(p)
         return torch.cat([self._amplitude * p, laplacian[None]])
 
     def outputs(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        displacement = state[:-1].T @ self._weight
-        return self._inputs + displacement.view_as(self._inputs), state[-1].clone()
+        displacement = state[: len(self._weight)].T @ self._weight
+        return self._inputs + displacement.view_as(self._inputs), self._integrals(state)[0].clone()
+
+    def _slopes(self, t: float | Tensor, g: Tensor) -> Tensor:
+        r""":math:`\sigma'(h)` where :math:`g = Gs`."""
+        h = self._h0 + g
+        if self._time_weight is not None:
+            h = h + self._time_weight * t
+        return self._activation.first(h)
+
+    def _integrals(self, state: Tensor) -> Tensor:
+        return state[len(self._weight) :]
+
+
+class ReducedCostDynamics(ReducedDynamics):
+    r"""Reduced coordinates with the costs of transport, at the same number of products.
+
+    Where :math:`g = Gs` is carried beside :math:`s`, the one product of an evaluation,
+    :math:`\dot g = G \dot s = W \nabla u`, also gives
+
+    .. math:: \|\nabla u\|^2 = \dot s \cdot \dot g, \qquad
+              \frac{d \Delta u}{dt} = (a \odot r) \cdot (\sigma^{(3)}(h) \odot (\dot g + v)).
+
+    The state is :math:`[s \mid g \mid \ell \mid E \mid R]`, shape (2H + 3, B).
+    """
+
+    def __init__(
+        self,
+        inputs: Tensor,
+        weight: Tensor,
+        offset: Tensor,
+        amplitude: Tensor,
+        time_weight: Tensor | None,
+        activation: Activation,
+    ) -> None:
+        super().__init__(inputs, weight, offset, amplitude, time_weight, activation)
+        self.state = inputs.new_zeros(2 * len(weight) + 3, len(inputs))
+
+    def __call__(self, t: float | Tensor, state: Tensor) -> Tensor:
+        hidden = len(self._weight)
+        p = self._slopes(t, state[hidden : 2 * hidden])
+        s_rate = self._amplitude * p
+        g_rate = _gram_product(self._gram, s_rate)
+        h_rate = g_rate if self._time_weight is None else g_rate + self._time_weight
+        integrands = [
+            self._curvature @ self._activation.second(p),
+            (s_rate * g_rate).sum(0),
+            (self._curvature @ (self._activation.third(p) * h_rate)).square(),
+        ]
+        return torch.cat([s_rate, g_rate, torch.stack(integrands)])
+
+    def costs(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        return state[-2].clone(), state[-1].clone()
+
+    def _integrals(self, state: Tensor) -> Tensor:
+        return state[2 * len(self._weight) :]
 
 
 def _gram_product(gram: Tensor, s: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from nflows_mongeampere.activations import ACTIVATIONS
 from nflows_mongeampere.conftest import SHAPES, close, definition, differentiate, ridge
 from nflows_mongeampere.dynamics import (
     DirectDynamics,
@@ -12,7 +13,6 @@ from nflows_mongeampere.dynamics import (
     _gram_product,
 )
 from nflows_mongeampere.integration import Integrator
-from nflows_mongeampere.potentials.activations import ACTIVATIONS
 
 
 def direct(potential, inputs, context):
@@ -31,8 +31,7 @@ def reduced(potential, inputs, context):
         offset,
         potential.amplitude,
         potential.time_weight,
-        ACTIVATIONS[potential.activation].first,
-        ACTIVATIONS[potential.activation].second,
+        ACTIVATIONS[potential.activation],
     )
 
 

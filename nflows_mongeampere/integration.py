@@ -98,14 +98,23 @@ class Integrator:
             )
 
     @property
+    def adaptive(self) -> bool:
+        """Whether the solver chooses its own steps."""
+        return bool(self._instance(torch.float32).stepping_class == "adaptive")
+
+    @property
+    def order(self) -> int:
+        """The order of the solver: its error falls as ``steps ** -order``."""
+        return int(getattr(self._instance(torch.float32), "order", 1))
+
+    @property
     def _uses_adjoint(self) -> bool:
         return self.sensitivity in ("adjoint", "interpolated_adjoint")
 
     @property
     def evaluations(self) -> int:
         """About how often the equations of motion are evaluated in one solve."""
-        stages = {1: 1, 2: 2}.get(getattr(self._instance(torch.float32), "order", 4), 4)
-        return stages * self.steps
+        return min(self.order, 4) * self.steps
 
     def solve(self, dynamics: Dynamics, times: Sequence[float], duration: float) -> list[Tensor]:
         """Integrate through ``times``, in rising or falling order.

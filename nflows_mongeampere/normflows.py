@@ -32,6 +32,8 @@ class MongeAmpere(Transport, Flow):
         torch.Size([5])
     """
 
+    _forward_to_data = True
+
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         r"""Noise to data.
 
@@ -46,8 +48,8 @@ class MongeAmpere(Transport, Flow):
             TypeError, ValueError: for arguments that do not fit.
             IntegrationError: where the solver fails.
         """
-        return self._to_data("z", z, context)
+        return self._map("z", z, context, to_data=True)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         r"""Data to noise, with :math:`\ln|dz/dx|`; arguments and errors as in :meth:`forward`."""
-        return self._to_noise("z", z, context)
+        return self._map("z", z, context, to_data=False)

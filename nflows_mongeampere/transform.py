@@ -41,6 +41,8 @@ class MongeAmpereTransform(Transport, Transform):
         torch.Size([5])
     """
 
+    _forward_to_data = False
+
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         r"""Data to noise.
 
@@ -55,8 +57,8 @@ class MongeAmpereTransform(Transport, Transform):
             TypeError, ValueError: for arguments that do not fit.
             IntegrationError: where the solver fails.
         """
-        return self._to_noise("inputs", inputs, context)
+        return self._map("inputs", inputs, context, to_data=False)
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         r"""Noise to data, with :math:`\ln|dx/dz|`; arguments and errors as in :meth:`forward`."""
-        return self._to_data("inputs", inputs, context)
+        return self._map("inputs", inputs, context, to_data=True)

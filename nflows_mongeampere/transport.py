@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from nflows_mongeampere import validation
+from nflows_mongeampere import accuracy, validation
+from nflows_mongeampere.accuracy import AccuracyWarning, ErrorEstimate, StepChoice
 from nflows_mongeampere.integration import Integrator
 from nflows_mongeampere.potentials import Potential
 
@@ -30,6 +33,71 @@ class Trajectory(NamedTuple):
     logabsdet: Tensor
 
 
+class TransportCosts:
+    r"""What the paths of a batch cost, summed over the flows that the batch went through.
+
+    Attributes:
+        kinetic: :math:`\int \|\nabla u\|^2 dt`, shape (B,): for straight paths at constant speed,
+            the squared distance of optimal transport, over T (Finlay et al., `arXiv:2002.02798
+            <https://arxiv.org/abs/2002.02798>`_; Onken et al., `arXiv:2006.00104
+            <https://arxiv.org/abs/2006.00104>`_).
+        roughness: :math:`\int (d\Delta u/dt)^2 dt` along the path, shape (B,): zero where a step of
+            any length gives the exact log-density.
+    """
+
+    kinetic: Tensor
+    roughness: Tensor
+
+    def add(self, kinetic: Tensor, roughness: Tensor) -> None:
+        """Add the costs of one flow."""
+        self.kinetic = kinetic + getattr(self, "kinetic", 0)
+        self.roughness = roughness + getattr(self, "roughness", 0)
+
+    def __getattr__(self, name: str) -> Tensor:
+        raise AttributeError(
+            f"{name}: no batch has gone through the flow yet; evaluate it inside the with block"
+        )
+
+
+@contextmanager
+def transport_costs(model: nn.Module) -> Iterator[TransportCosts]:
+    """Record the costs of transport of every Monge-Ampère flow in ``model``.
+
+    In reduced coordinates they cost no further matrix product. Penalties on them keep a flow easy
+    to integrate.
+
+    Args:
+        model: a flow, or anything that contains some.
+
+    Yields:
+        The costs of the batches that went through the flows since.
+
+    Raises:
+        ValueError: if there is no Monge-Ampère flow in ``model``.
+
+    Example:
+        >>> import torch
+        >>> from nflows_mongeampere import MongeAmpereFlow, transport_costs
+        >>> flow = MongeAmpereFlow(2, 16)
+        >>> with transport_costs(flow) as costs:
+        ...     nll = -flow.log_prob(torch.randn(8, 2)).mean()
+        >>> loss = nll + 0.01 * costs.kinetic.mean() + 0.01 * costs.roughness.mean()
+    """
+    transports = [module for module in model.modules() if isinstance(module, Transport)]
+    if not transports:
+        raise ValueError(
+            f"model: got {type(model).__name__}, in which no Monge-Ampère flow is found"
+        )
+    costs = TransportCosts()
+    for transport in transports:
+        transport._costs = costs
+    try:
+        yield costs
+    finally:
+        for transport in transports:
+            transport._costs = None
+
+
 class Transport(nn.Module):
     r"""The map :math:`x(t_0) \mapsto x(t_1)` along the gradient of a potential.
 
@@ -40,7 +108,13 @@ class Transport(nn.Module):
         potential: the scalar potential :math:`u`.
         time: T, the time from noise to data.
         steps, solver, sensitivity, atol, rtol, max_steps: how the equations are integrated.
+
+    Attributes:
+        tolerance: the error of log-densities that :meth:`choose_steps` was asked for, in nats.
     """
+
+    # whether the direction that the host library calls forward leads from noise to data
+    _forward_to_data: bool
 
     def __init__(
         self,
@@ -70,6 +144,8 @@ class Transport(nn.Module):
             rtol=rtol,
             max_steps=max_steps,
         )
+        self._adopt(self.integrator.steps, tolerance=None)
+        self._costs: TransportCosts | None = None
 
     @property
     def steps(self) -> int:
@@ -79,6 +155,75 @@ class Transport(nn.Module):
     @steps.setter
     def steps(self, value: int) -> None:
         self.integrator = replace(self.integrator, steps=value)
+
+    def estimate_error(
+        self, inputs: Tensor, context: Tensor | None = None, *, inverse: bool = False
+    ) -> ErrorEstimate:
+        """How far the outputs and log-determinants of a batch are from the exact solution.
+
+        The solve is compared with one of twice the steps (for an adaptive solver, of a hundredth of
+        the tolerance), and its outputs are sent back. This costs four solves without gradients; a
+        few rows are enough to watch a training.
+
+        Args:
+            inputs: shape (B, ...), as ``forward`` takes them, or ``inverse`` where that is asked.
+            context: one row for each input, where the potential is conditional.
+            inverse: whether to judge ``inverse`` instead of ``forward``.
+
+        Returns:
+            The errors of outputs, log-determinants and of the round trip, row by row.
+
+        Raises:
+            TypeError, ValueError: for arguments that do not fit.
+            IntegrationError: where the solver fails.
+        """
+        return accuracy.estimate_error(self, inputs, context, self._forward_to_data != inverse)
+
+    def choose_steps(
+        self,
+        inputs: Tensor,
+        tolerance: float,
+        context: Tensor | None = None,
+        *,
+        inverse: bool = False,
+    ) -> StepChoice:
+        """Set :attr:`steps` to the fewest that give log-densities to ``tolerance``.
+
+        The choice is logged and saved in the ``state_dict``. From then on the flow warns, once,
+        where it is evaluated without gradients at an error above the tolerance; a few rows of
+        evaluations 1, 2, 4, 8, ... are watched.
+
+        Args:
+            inputs: a batch to choose by, as ``forward`` takes it, or ``inverse`` if that is asked.
+            tolerance: the largest error of a log-determinant in the batch, in nats.
+            context: one row for each input, where the potential is conditional.
+            inverse: whether to choose for ``inverse`` instead of ``forward``.
+
+        Returns:
+            The steps, their error and the tolerance.
+
+        Raises:
+            TypeError, ValueError: for arguments that do not fit, or an adaptive solver.
+            IntegrationError: if no number of steps meets the tolerance.
+        """
+        to_data = self._forward_to_data != inverse
+        choice = accuracy.choose_steps(self, inputs, tolerance, context, to_data)
+        self._adopt(choice.steps, choice.tolerance)
+        return choice
+
+    def get_extra_state(self) -> Tensor:
+        """The steps and the tolerance that :meth:`choose_steps` chose, for the ``state_dict``."""
+        return torch.tensor([self.steps, self.tolerance or 0.0], dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take up the steps of a ``state_dict`` where they were chosen by a tolerance."""
+        steps, tolerance = state.tolist()
+        if tolerance > 0:
+            self._adopt(int(steps), tolerance)
+
+    def _adopt(self, steps: int, tolerance: float | None) -> None:
+        self.steps, self.tolerance = steps, tolerance
+        self._evaluations, self._warned = 0, False
 
     def trajectory(
         self, inputs: Tensor, times: Sequence[float] | Tensor, context: Tensor | None = None
@@ -107,11 +252,41 @@ class Transport(nn.Module):
         points, logabsdet = zip(start, *path, strict=True)
         return Trajectory(inputs.new_tensor(moments), torch.stack(points), torch.stack(logabsdet))
 
-    def _to_data(self, name: str, noise: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self._follow(name, noise, context, (0.0, self.time))[-1]
+    def _map(
+        self, name: str, inputs: Tensor, context: Tensor | None, to_data: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The whole way from noise to data or back, with its log-determinant.
 
-    def _to_noise(self, name: str, data: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self._follow(name, data, context, (self.time, 0.0))[-1]
+        Args:
+            name: what the user calls ``inputs``.
+            inputs: shape (B, ...).
+            context: one row for each input, or None.
+            to_data: whether from noise to data.
+        """
+        times = (0.0, self.time) if to_data else (self.time, 0.0)
+        result = self._follow(name, inputs, context, times)[-1]
+        if self.tolerance is not None and not torch.is_grad_enabled() and len(inputs) > 0:
+            self._watch(inputs, context, to_data, self.tolerance)
+        return result
+
+    def _watch(
+        self, inputs: Tensor, context: Tensor | None, to_data: bool, tolerance: float
+    ) -> None:
+        """Warn, once, of an error above the tolerance; look at evaluations 1, 2, 4, 8, ..."""
+        self._evaluations += 1
+        if self._warned or self._evaluations & (self._evaluations - 1):
+            return
+        few = None if context is None else context[:8]
+        error = accuracy.estimate_error(self, inputs[:8], few, to_data).logabsdet
+        found = float(error.square().mean().sqrt())
+        if found > tolerance:
+            self._warned = True
+            warnings.warn(
+                f"log-densities are off by {found:.2g} nats at steps={self.steps}, more than the "
+                f"tolerance of {tolerance:.2g} that was asked for; call choose_steps again",
+                AccuracyWarning,
+                stacklevel=4,
+            )
 
     def _follow(
         self, name: str, inputs: Tensor, context: Tensor | None, times: Sequence[float]
@@ -128,11 +303,15 @@ class Transport(nn.Module):
             with torch.inference_mode(False), torch.no_grad():
                 context = None if context is None else context.clone()
                 return self._follow(name, inputs.clone(), context, times)
-        dynamics = self.potential.dynamics(inputs, context, self.integrator.evaluations)
+        costs = self._costs is not None
+        dynamics = self.potential.dynamics(inputs, context, self.integrator.evaluations, costs)
         if len(inputs) == 0:
             states = [dynamics.state] * len(times)
         else:
             states = self.integrator.solve(dynamics, times, self.time)
+        if self._costs is not None:
+            sign = 1 if times[-1] > times[0] else -1
+            self._costs.add(*(sign * cost for cost in dynamics.costs(states[-1])))
         return [dynamics.outputs(state) for state in states[1:]]
 
     def _refine(self, value: Tensor) -> Tensor:

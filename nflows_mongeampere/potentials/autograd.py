@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from nflows_mongeampere import validation
+from nflows_mongeampere.differentiation import derivative, differentiation
 from nflows_mongeampere.dynamics import DirectDynamics, Dynamics
 from nflows_mongeampere.potentials.base import Potential, Time, _describe
 
@@ -56,9 +55,11 @@ class AutogradPotential(Potential):
         self.time_dependent = "t" in accepted
         self._context = accepted.get("context")
 
-    def dynamics(self, inputs: Tensor, context: Tensor | None, evaluations: int) -> Dynamics:
+    def dynamics(
+        self, inputs: Tensor, context: Tensor | None, evaluations: int, costs: bool = False
+    ) -> Dynamics:
         field = partial(self._gradient_and_laplacian, probe=self._draw_probe(inputs))
-        return DirectDynamics(field, inputs, context, self)
+        return DirectDynamics(field, inputs, context, self, costs)
 
     def _check_context(
         self, name: str, x: Tensor, context: Tensor | None, like: Tensor | None
@@ -105,8 +106,8 @@ class AutogradPotential(Potential):
 
     @torch.compiler.disable  # the graph of a compiled function cannot be differentiated twice
     def _gradient(self, x: Tensor, t: Time | None, context: Tensor | None) -> Tensor:
-        with _differentiation(x, context) as (point, row_context, keep_graph):
-            return _derivative(self._value(point, t, row_context), point, keep_graph)
+        with differentiation(x, context) as (point, row_context, keep_graph):
+            return derivative(self._value(point, t, row_context), point, keep_graph)
 
     def _laplacian(self, x: Tensor, t: Time | None, context: Tensor | None) -> Tensor:
         probe = self._draw_probe(x)
@@ -121,12 +122,12 @@ class AutogradPotential(Potential):
         context: Tensor | None,
         probe: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        with _differentiation(x, context) as (point, row_context, keep_graph):
-            gradient = _derivative(self._value(point, t, row_context), point, keep_graph=True)
+        with differentiation(x, context) as (point, row_context, keep_graph):
+            gradient = derivative(self._value(point, t, row_context), point, keep_graph=True)
             if probe is None:
                 laplacian = _trace_of_jacobian(gradient, point, keep_graph)
             else:
-                product = _derivative((gradient * probe).sum(), point, keep_graph)
+                product = derivative((gradient * probe).sum(), point, keep_graph)
                 laplacian = (product * probe).flatten(1).sum(1)
         if not keep_graph:
             gradient, laplacian = gradient.detach(), laplacian.detach()
@@ -134,32 +135,6 @@ class AutogradPotential(Potential):
 
     def extra_repr(self) -> str:
         return f"laplacian={self.laplacian_method!r}, probe={self.probe!r}"
-
-
-@contextmanager
-def _differentiation(
-    x: Tensor, context: Tensor | None
-) -> Iterator[tuple[Tensor, Tensor | None, bool]]:
-    """Let autograd see x, whatever the mode outside; tell whether results keep their graph."""
-    keep_graph = torch.is_grad_enabled()
-    with torch.inference_mode(False), torch.enable_grad():
-        if x.is_inference():
-            x = x.clone()
-        if context is not None and context.is_inference():
-            context = context.clone()
-        # a view, so that a context computed from x does not count as x
-        point = x.view_as(x) if keep_graph and x.requires_grad else x.detach().requires_grad_()
-        yield point, context, keep_graph
-
-
-def _derivative(scalars: Tensor, x: Tensor, keep_graph: bool) -> Tensor:
-    """The derivative of the sum of ``scalars``, zero where they do not depend on x."""
-    if not scalars.requires_grad:
-        return torch.zeros_like(x)
-    (derivative,) = torch.autograd.grad(
-        scalars.sum(), x, create_graph=keep_graph, allow_unused=True, materialize_grads=True
-    )
-    return derivative
 
 
 def _trace_of_jacobian(field: Tensor, x: Tensor, keep_graph: bool) -> Tensor:

@@ -81,7 +81,9 @@ class Potential(nn.Module):
         r"""The Laplacian :math:`\Delta u(x, t; c)`, shape (B,); see :meth:`forward`."""
         return self._laplacian(*self.check(x, t, context))
 
-    def dynamics(self, inputs: Tensor, context: Tensor | None, evaluations: int) -> Dynamics:
+    def dynamics(
+        self, inputs: Tensor, context: Tensor | None, evaluations: int, costs: bool = False
+    ) -> Dynamics:
         """The equations of motion of a checked batch, in the coordinates that suit the potential.
 
         Args:
@@ -89,8 +91,9 @@ class Potential(nn.Module):
             context: shape (B, ...) or None.
             evaluations: about how often the equations will be evaluated; a potential may spend
                 work on better coordinates when that pays.
+            costs: whether the state carries the costs of transport.
         """
-        return DirectDynamics(self._gradient_and_laplacian, inputs, context, self)
+        return DirectDynamics(self._gradient_and_laplacian, inputs, context, self, costs)
 
     def check(
         self, x: Tensor, t: Time | None, context: Tensor | None

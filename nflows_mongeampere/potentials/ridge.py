@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from nflows_mongeampere import validation
-from nflows_mongeampere.dynamics import Dynamics, ReducedDynamics
-from nflows_mongeampere.potentials.activations import ACTIVATIONS
+from nflows_mongeampere.activations import ACTIVATIONS
+from nflows_mongeampere.dynamics import Dynamics, ReducedCostDynamics, ReducedDynamics
 from nflows_mongeampere.potentials.base import Potential, Time
 
 
@@ -86,7 +86,9 @@ class RidgePotential(Potential):
             else parameter(hidden, context_features, scale=1 / math.sqrt(context_features))
         )
 
-    def dynamics(self, inputs: Tensor, context: Tensor | None, evaluations: int) -> Dynamics:
+    def dynamics(
+        self, inputs: Tensor, context: Tensor | None, evaluations: int, costs: bool = False
+    ) -> Dynamics:
         hidden, features, batch = self.hidden_features, self.features, len(inputs)
         # multiplications: G once, W x(0) and Wᵀ s(T), then G s, or W x and Wᵀ(a σ'), each time
         reduced = hidden * hidden * features + batch * (
@@ -94,17 +96,16 @@ class RidgePotential(Potential):
         )
         direct = batch * evaluations * 2 * hidden * features
         if reduced > direct:
-            return super().dynamics(inputs, context, evaluations)
-        activation = ACTIVATIONS[self.activation]
+            return super().dynamics(inputs, context, evaluations, costs)
+        coordinates = ReducedCostDynamics if costs else ReducedDynamics
         offset = self._offset(inputs, context)
-        return ReducedDynamics(
+        return coordinates(
             inputs,
             self.weight,
             offset.T,
             self.amplitude,
             self.time_weight,
-            activation.first,
-            activation.second,
+            ACTIVATIONS[self.activation],
         )
 
     def _offset(self, x: Tensor, context: Tensor | None) -> Tensor:

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
+from nflows_mongeampere.activations import ACTIVATIONS
 from nflows_mongeampere.conftest import close
-from nflows_mongeampere.potentials.activations import ACTIVATIONS
 
 H = torch.linspace(-40, 40, 801, dtype=torch.float64)
 FORMULAS = {

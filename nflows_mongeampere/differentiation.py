@@ -1,0 +1,39 @@
+"""Differentiation inside the flow, whatever the mode of autograd outside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+@contextmanager
+def differentiation(
+    x: Tensor, context: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor | None, bool]]:
+    """Let autograd see x, whatever the mode outside; tell whether results keep their graph."""
+    keep_graph = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.enable_grad():
+        if x.is_inference():
+            x = x.clone()
+        if context is not None and context.is_inference():
+            context = context.clone()
+        # a view, so that a context computed from x does not count as x
+        point = x.view_as(x) if keep_graph and x.requires_grad else x.detach().requires_grad_()
+        yield point, context, keep_graph
+
+
+def derivative(scalars: Tensor, x: Tensor, keep_graph: bool) -> Tensor:
+    """The derivative of the sum of ``scalars``, zero where they do not depend on x."""
+    return derivatives(scalars.sum(), (x,), keep_graph)[0]
+
+
+def derivatives(scalar: Tensor, xs: Sequence[Tensor], keep_graph: bool) -> tuple[Tensor, ...]:
+    """The derivatives of ``scalar``, zero with respect to those it does not depend on."""
+    if not scalar.requires_grad:
+        return tuple(torch.zeros_like(x) for x in xs)
+    return torch.autograd.grad(
+        scalar, xs, create_graph=keep_graph, allow_unused=True, materialize_grads=True
+    )

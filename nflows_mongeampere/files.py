@@ -1,0 +1,225 @@
+"""Flows in files: tensors and a plain-data description of how the flow is built, nothing else.
+
+A file is a `safetensors <https://huggingface.co/docs/safetensors>`_ archive, a format that holds
+tensors and strings and cannot hold code. The description, JSON in its header, names classes from
+the list below and their arguments; loading builds those and no others.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from nflows import distributions, flows, transforms
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+from torch import nn
+
+from nflows_mongeampere.flow import MongeAmpereFlow
+from nflows_mongeampere.potentials import RidgePotential
+from nflows_mongeampere.transform import MongeAmpereTransform
+from nflows_mongeampere.transport import Transport
+from nflows_mongeampere.version import __version__
+
+FORMAT = "nflows-mongeampere"
+FORMAT_VERSION = 1
+
+Arguments = dict[str, Any]
+
+
+def save(flow: nn.Module, path: str | Path) -> None:
+    """Write a flow, with its configuration, to a file.
+
+    Args:
+        flow: a flow, transform or potential of this package, or a flow or transform of nflows
+            composed of these and of transforms in :data:`KNOWN`.
+        path: where to; an existing file is replaced, whole or not at all.
+
+    Raises:
+        TypeError: if some part of the flow cannot be described as plain data.
+    """
+    description = json.dumps(_describe(flow, type(flow).__name__))
+    parameter = next(flow.parameters(), torch.zeros(()))
+    metadata = {
+        "format": FORMAT,
+        "format_version": str(FORMAT_VERSION),
+        "package_version": __version__,
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "flow": description,
+    }
+    # clones, because safetensors refuses tensors that share memory
+    tensors = {name: t.detach().cpu().clone() for name, t in flow.state_dict().items()}
+    target = Path(path)
+    partial = target.with_name(target.name + ".partial")
+    partial.write_bytes(serialize(tensors, metadata))
+    partial.replace(target)
+
+
+def load(path: str | Path) -> nn.Module:
+    """Build the flow that :func:`save` wrote, on the CPU.
+
+    Nothing in the file is executed, so that it may come from anywhere.
+
+    Args:
+        path: the file.
+
+    Returns:
+        A flow with the same configuration and the same numbers.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is damaged, of another kind, from a newer version, or if its tensors
+            do not fit its description.
+    """
+    target = Path(path)
+    if not target.is_file():
+        raise FileNotFoundError(f"path: there is no file {target}")
+    try:
+        with safe_open(target, framework="pt") as archive:
+            metadata = archive.metadata() or {}
+            tensors = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(
+            f"path: {target} is damaged or no safetensors file ({error}); save the flow again with "
+            "nflows_mongeampere.files.save"
+        ) from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(
+            f"path: {target} was not written by nflows_mongeampere.files.save; load its tensors "
+            "with safetensors and build the flow in code"
+        )
+    if metadata["format_version"] != str(FORMAT_VERSION):
+        raise ValueError(
+            f"path: {target} has format version {metadata['format_version']}, written by "
+            f"nflows-mongeampere {metadata.get('package_version')}; this is {__version__}, which "
+            f"reads version {FORMAT_VERSION}: install the version that wrote it"
+        )
+    try:
+        flow: nn.Module = _build(json.loads(metadata["flow"]))
+        flow.to(_DTYPES[metadata["dtype"]]).load_state_dict(tensors)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"path: the description and the tensors in {target} do not fit together: {error}"
+        ) from error
+    return flow
+
+
+def _describe(part: object, place: str) -> object:
+    """Plain data from which :func:`_build` makes the same part."""
+    if isinstance(part, (str, int, float, bool, type(None))):
+        return part
+    if isinstance(part, (list, tuple, nn.ModuleList)):
+        return [_describe(p, f"{place}[{i}]") for i, p in enumerate(part)]
+    name = type(part).__name__
+    if not isinstance(part, nn.Module) or KNOWN.get(name, (None,))[0] is not type(part):
+        raise TypeError(
+            f"flow: {place} is a {type(part).__module__}.{name}, which cannot be described as "
+            f"plain data; known are {', '.join(sorted(KNOWN))}; save its state_dict()"
+        )
+    arguments = KNOWN[name][1](part)
+    return {
+        "class": name,
+        "arguments": {key: _describe(value, f"{place}.{key}") for key, value in arguments.items()},
+    }
+
+
+def _build(description: Any) -> Any:
+    if isinstance(description, list):
+        return [_build(d) for d in description]
+    if isinstance(description, dict):
+        name = description["class"]
+        if name not in KNOWN:
+            raise ValueError(f"unknown class {name!r}")
+        arguments = {key: _build(value) for key, value in description["arguments"].items()}
+        return _CONSTRUCTORS.get(name, KNOWN[name][0])(**arguments)
+    return description
+
+
+def _transport(t: Transport) -> Arguments:
+    settings = t.integrator
+    if not isinstance(settings.solver, str):
+        raise TypeError(
+            f"flow: solver {type(settings.solver).__name__} is an instance, which cannot be "
+            "described as plain data; give the solver by its name"
+        )
+    return {"time": t.time, **vars(settings)}
+
+
+def _ridge(p: RidgePotential) -> Arguments:
+    return {
+        "features": p.features,
+        "hidden_features": p.hidden_features,
+        "context_features": p.context_features,
+        "time_dependent": p.time_dependent,
+        "activation": p.activation,
+        "bias": p.bias is not None,
+    }
+
+
+def _flow(f: flows.Flow) -> Arguments:
+    embedding = None if isinstance(f._embedding_net, nn.Identity) else f._embedding_net
+    return {
+        "transform": f._transform,
+        "distribution": f._distribution,
+        "embedding_net": embedding,
+    }
+
+
+def _monge_ampere_flow(f: MongeAmpereFlow) -> Arguments:
+    potential = _ridge(f._transform.potential)
+    del potential["bias"]
+    wrapped = _flow(f)
+    del wrapped["transform"]
+    return {**potential, **wrapped, **_transport(f._transform)}
+
+
+def _features(m: Any) -> Arguments:
+    return {"features": m.features}
+
+
+def _linear(m: nn.Linear) -> Arguments:
+    return {
+        "in_features": m.in_features,
+        "out_features": m.out_features,
+        "bias": m.bias is not None,
+    }
+
+
+# Each class that a file may name, and the arguments that build one like a given instance.
+KNOWN: dict[str, tuple[type, Callable[[Any], Arguments]]] = {
+    cls.__name__: (cls, arguments)
+    for cls, arguments in (
+        (RidgePotential, _ridge),
+        (MongeAmpereTransform, lambda t: {"potential": t.potential, **_transport(t)}),
+        (MongeAmpereFlow, _monge_ampere_flow),
+        (flows.Flow, _flow),
+        (distributions.StandardNormal, lambda d: {"shape": list(d._shape)}),
+        (distributions.DiagonalNormal, lambda d: {"shape": list(d._shape)}),
+        (transforms.CompositeTransform, lambda t: {"transforms": list(t._transforms)}),
+        (transforms.InverseTransform, lambda t: {"transform": t._transform}),
+        (transforms.IdentityTransform, lambda t: {}),
+        (transforms.LULinear, lambda t: {"features": t.features, "eps": t.eps}),
+        (transforms.NaiveLinear, _features),
+        (transforms.ActNorm, lambda t: {"features": len(t.shift)}),
+        (transforms.Sigmoid, lambda t: {"eps": t.eps}),
+        (transforms.Logit, lambda t: {"eps": t._transform.eps}),
+        (transforms.PointwiseAffineTransform, lambda t: {"shape": list(t._shift.shape)}),
+        (transforms.Permutation, lambda t: {"features": len(t._permutation), "dim": t._dim}),
+        (transforms.RandomPermutation, lambda t: {"features": len(t._permutation), "dim": t._dim}),
+        (transforms.ReversePermutation, lambda t: {"features": len(t._permutation), "dim": t._dim}),
+        (nn.Linear, _linear),
+    )
+}
+
+# Where the values come with the tensors, only the shape has to be right.
+_CONSTRUCTORS: dict[str, Callable[..., nn.Module]] = {
+    "PointwiseAffineTransform": lambda shape: transforms.PointwiseAffineTransform(
+        torch.zeros(shape), torch.ones(shape)
+    ),
+    "Permutation": lambda features, dim: transforms.Permutation(torch.arange(features), dim),
+}
+
+_DTYPES = {"float32": torch.float32, "float64": torch.float64}
