@@ -53,6 +53,7 @@ LEVELS, SIDE = 17, 8
 FEATURES = SIDE * SIDE
 MARGIN = 0.01  # of the unit interval, kept free at both ends before the logit
 TEST_DRAWS = 10
+WARMUP_STEPS = 50
 GREYS = {"cmap": "gray_r", "vmin": 0, "vmax": LEVELS}
 console = Console()
 
@@ -165,14 +166,17 @@ class MaximumLikelihood(lightning.LightningModule):
         self.log("validation", torch.stack(draws).mean())
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW with a cosine schedule in wall-clock time."""
+        """AdamW; the rate rises for some steps and then falls as a cosine of wall-clock time."""
         optimizer = torch.optim.AdamW(
             self.flow.parameters(),
             lr=self.entry.learning_rate,
             weight_decay=self.entry.weight_decay,
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda _: 0.5 * (1 + math.cos(math.pi * self.progress))
+            optimizer,
+            lambda step: (
+                min(1, (step + 1) / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * self.progress))
+            ),
         )
         return {
             "optimizer": optimizer,

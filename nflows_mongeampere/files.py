@@ -54,8 +54,11 @@ def save(flow: nn.Module, path: str | Path) -> None:
     tensors = {name: t.detach().cpu().clone() for name, t in flow.state_dict().items()}
     target = Path(path)
     partial = target.with_name(target.name + ".partial")
-    partial.write_bytes(serialize(tensors, metadata))
-    partial.replace(target)
+    try:
+        partial.write_bytes(serialize(tensors, metadata))
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def load(path: str | Path) -> nn.Module:
@@ -100,7 +103,7 @@ def load(path: str | Path) -> nn.Module:
     try:
         flow: nn.Module = _build(json.loads(metadata["flow"]))
         flow.to(_DTYPES[metadata["dtype"]]).load_state_dict(tensors)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"path: the description and the tensors in {target} do not fit together: {error}"
         ) from error
@@ -176,6 +179,10 @@ def _monge_ampere_flow(f: MongeAmpereFlow) -> Arguments:
     return {**potential, **wrapped, **_transport(f._transform)}
 
 
+def _affine(t: Any) -> Arguments:
+    return {"shape": list(t._shift.shape), "scale": list(t._scale.shape)}
+
+
 def _features(m: Any) -> Arguments:
     return {"features": m.features}
 
@@ -206,7 +213,7 @@ KNOWN: dict[str, tuple[type, Callable[[Any], Arguments]]] = {
         (transforms.ActNorm, lambda t: {"features": len(t.shift)}),
         (transforms.Sigmoid, lambda t: {"eps": t.eps}),
         (transforms.Logit, lambda t: {"eps": t._transform.eps}),
-        (transforms.PointwiseAffineTransform, lambda t: {"shape": list(t._shift.shape)}),
+        (transforms.PointwiseAffineTransform, _affine),
         (transforms.Permutation, lambda t: {"features": len(t._permutation), "dim": t._dim}),
         (transforms.RandomPermutation, lambda t: {"features": len(t._permutation), "dim": t._dim}),
         (transforms.ReversePermutation, lambda t: {"features": len(t._permutation), "dim": t._dim}),
@@ -216,8 +223,8 @@ KNOWN: dict[str, tuple[type, Callable[[Any], Arguments]]] = {
 
 # Where the values come with the tensors, only the shape has to be right.
 _CONSTRUCTORS: dict[str, Callable[..., nn.Module]] = {
-    "PointwiseAffineTransform": lambda shape: transforms.PointwiseAffineTransform(
-        torch.zeros(shape), torch.ones(shape)
+    "PointwiseAffineTransform": lambda shape, scale: transforms.PointwiseAffineTransform(
+        torch.zeros(shape), torch.ones(scale)
     ),
     "Permutation": lambda features, dim: transforms.Permutation(torch.arange(features), dim),
 }

@@ -1,0 +1,197 @@
+import json
+
+import pytest
+import torch
+from nflows import distributions, transforms
+from nflows.flows import Flow
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from nflows_mongeampere import (
+    AutogradPotential,
+    MongeAmpereFlow,
+    MongeAmpereTransform,
+    RidgePotential,
+    files,
+)
+
+
+def shaken(flow, seed=0):
+    """The same flow with every parameter and buffer of the state moved from its start."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return flow
+
+
+def composite():
+    parts = [
+        transforms.PointwiseAffineTransform(torch.tensor([0.1, 0.2, 0.3]), torch.tensor(0.5)),
+        transforms.InverseTransform(transforms.LULinear(3)),
+        transforms.RandomPermutation(3),
+        transforms.ReversePermutation(3),
+        MongeAmpereTransform(
+            RidgePotential(3, 5, activation="logcosh", time_dependent=True, bias=False),
+            time=2.0,
+            steps=3,
+            solver="midpoint",
+            sensitivity="recompute",
+        ),
+    ]
+    return Flow(transforms.CompositeTransform(parts), distributions.StandardNormal([3]))
+
+
+FLOWS = {
+    "flow": lambda: MongeAmpereFlow(3, 8, activation="logcosh", steps=4, solver="euler"),
+    "conditional": lambda: MongeAmpereFlow(
+        3, 8, context_features=2, embedding_net=nn.Linear(4, 2), time_dependent=True
+    ),
+    "composite": composite,
+    "double": lambda: composite().double(),
+    "logit": lambda: Flow(
+        transforms.CompositeTransform(
+            [transforms.Logit(), MongeAmpereTransform(RidgePotential(3, 4))]
+        ),
+        distributions.DiagonalNormal([3]),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_round_trip(name, tmp_path):
+    flow = shaken(FLOWS[name]())
+    path = tmp_path / "flow.safetensors"
+    files.save(flow, path)
+    loaded = files.load(path)
+    assert type(loaded) is type(flow)
+    assert repr(loaded) == repr(flow)
+    x = torch.rand(6, 3, dtype=next(flow.parameters()).dtype)
+    context = torch.randn(6, 4) if name == "conditional" else None
+    assert torch.equal(loaded.log_prob(x, context), flow.log_prob(x, context))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_chosen_steps_are_saved(tmp_path):
+    transform = shaken(MongeAmpereTransform(RidgePotential(3, 8)))
+    choice = transform.choose_steps(torch.randn(20, 3), 1e-3)
+    files.save(transform, tmp_path / "t")
+    loaded = files.load(tmp_path / "t")
+    assert (loaded.steps, loaded.tolerance) == (choice.steps, 1e-3)
+
+
+def test_file_holds_tensors_and_plain_data_alone(tmp_path):
+    files.save(composite(), tmp_path / "t")
+    with safe_open(tmp_path / "t", framework="pt") as archive:
+        metadata = archive.metadata()
+    assert metadata["format"] == "nflows-mongeampere"
+    description = json.loads(metadata["flow"])
+    assert description["class"] == "Flow"
+    first = description["arguments"]["transform"]["arguments"]["transforms"][0]
+    assert first == {"class": "PointwiseAffineTransform", "arguments": {"shape": [3], "scale": []}}
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (lambda: AutogradPotential(nn.Linear(3, 1)), "AutogradPotential"),
+        (lambda: MongeAmpereFlow(3, 4, embedding_net=nn.Sequential(nn.Linear(3, 3))), "Sequential"),
+        (lambda: nn.Linear, "flow: type is a"),
+    ],
+)
+def test_what_cannot_be_described(part, message, tmp_path):
+    with pytest.raises(TypeError, match=message):
+        files.save(part(), tmp_path / "t")
+    assert not list(tmp_path.iterdir())
+
+
+def test_solver_instance_cannot_be_described(tmp_path):
+    from torchdyn.numerics.solvers.ode import RungeKutta4
+
+    with pytest.raises(TypeError, match=r"solver RungeKutta4 .* by its name"):
+        files.save(MongeAmpereFlow(3, 4, solver=RungeKutta4()), tmp_path / "t")
+
+
+def test_subclass_is_not_taken_for_its_base(tmp_path):
+    class RidgePotential(files.RidgePotential):
+        pass
+
+    with pytest.raises(TypeError, match="RidgePotential, which cannot be described"):
+        files.save(RidgePotential(2, 2), tmp_path / "t")
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"path: there is no file .*nowhere"):
+        files.load(tmp_path / "nowhere")
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A file, and a function that writes it again with other metadata and tensors."""
+    path = tmp_path / "flow"
+    files.save(MongeAmpereFlow(3, 4), path)
+    with safe_open(path, framework="pt") as archive:
+        metadata = archive.metadata()
+
+    def rewrite(tensors=None, **changes):
+        merged = {key: value for key, value in (metadata | changes).items() if value is not None}
+        save_file(load_file(path) if tensors is None else tensors, path, merged)
+        return path
+
+    return rewrite
+
+
+def test_truncated_file(saved):
+    path = saved()
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"path: .* is damaged"):
+        files.load(path)
+
+
+def test_pickle_is_not_opened(tmp_path):
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "t")
+    with pytest.raises(ValueError, match="no safetensors file"):
+        files.load(tmp_path / "t")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": "other"}, "was not written by"),
+        ({"format": None}, "was not written by"),
+        ({"format_version": "2", "package_version": "9.9"}, "format version 2.* 9.9"),
+        ({"flow": "{"}, "do not fit together"),
+        ({"flow": '{"class": "os.system", "arguments": {"command": "true"}}'}, "unknown class"),
+        ({"flow": '{"class": "RidgePotential", "arguments": {"features": 3}}'}, "hidden_features"),
+        ({"flow": "[]"}, "do not fit together"),
+        ({"flow": None}, "do not fit together"),
+        ({"dtype": "int8"}, "do not fit together"),
+    ],
+)
+def test_foreign_or_damaged_description(saved, changes, message):
+    with pytest.raises(ValueError, match=f"^path: .*{message}"):
+        files.load(saved(**changes))
+
+
+def test_tensors_of_another_shape(saved):
+    path = saved()
+    tensors = load_file(path)
+    tensors["_transform.potential.bias"] = torch.zeros(7)
+    with pytest.raises(ValueError, match="bias"):
+        files.load(saved(tensors))
+
+
+def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "flow"
+    files.save(MongeAmpereFlow(3, 4), path)
+    before = path.read_bytes()
+
+    def fail(*_):
+        raise OSError("no space")
+
+    monkeypatch.setattr("pathlib.Path.replace", fail)
+    with pytest.raises(OSError, match="no space"):
+        files.save(MongeAmpereFlow(3, 4), path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
