@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -94,41 +95,43 @@ def choose_steps(
 ) -> StepChoice:
     """The fewest steps whose log-determinants are right to ``tolerance`` on every row."""
     tolerance = validation.positive("tolerance", tolerance)
-    if len(inputs) == 0:
+    if isinstance(inputs, Tensor) and inputs.shape[:1] == (0,):
         raise ValueError("inputs: got no rows, expected the data or noise to choose the steps by")
     if transport.integrator.adaptive:
         raise ValueError(
             f"solver: got {transport.integrator.solver!r}, which chooses its own steps; set atol "
             "and rtol, or use a fixed-step solver"
         )
-    factor = _richardson(transport)
+    order = transport.integrator.order
 
+    @cache
     def solution(steps: int) -> Tensor | None:
         try:
             return _apply(_with(transport, steps=steps), inputs, context, to_data)[1]
         except IntegrationError:  # too coarse even to arrive
             return None
 
-    def error(rough: Tensor | None, reference: Tensor | None) -> float:
+    def error(steps: int, finer: int) -> float:
+        """The error of ``steps`` by their distance from ``finer`` ones (Richardson)."""
+        rough, reference = solution(steps), solution(finer)
         if rough is None or reference is None:
             return float("inf")
-        return factor * float((rough - reference).abs().max())
+        return float((rough - reference).abs().max()) / (1 - (steps / finer) ** order)
 
-    steps, rough, reference = 1, solution(1), solution(2)
-    while (found := error(rough, reference)) > tolerance:
+    steps = 1
+    while (found := error(steps, 2 * steps)) > tolerance:
         if 2 * steps >= MAX_STEPS:
             raise IntegrationError(
                 f"tolerance: got {tolerance:g} nats, but {steps} steps are off by {found:.2g}: "
                 "raise it, use float64, which rounds less, or a solver of higher order"
             )
         steps *= 2
-        rough, reference = reference, solution(2 * steps)
 
     # the answer lies in (steps / 2, steps]
     enough, too_few = steps, steps // 2
     while enough - too_few > 1:
         middle = (enough + too_few) // 2
-        candidate = error(solution(middle), reference)
+        candidate = error(middle, 2 * steps)
         if candidate <= tolerance:
             enough, found = middle, candidate
         else:
@@ -163,9 +166,8 @@ def _apply(
     transport: Transport, inputs: Tensor, context: Tensor | None, to_data: bool
 ) -> tuple[Tensor, Tensor]:
     """One solve, with the same random probe each time where the potential draws one."""
-    devices = [inputs.device] if inputs.is_cuda else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(0)
+    devices = [inputs.device] if getattr(inputs, "is_cuda", False) else []
+    with torch.random.fork_rng(devices=devices):  # every solve starts from the caller's generator
         return transport._map("inputs", inputs, context, to_data)
 
 

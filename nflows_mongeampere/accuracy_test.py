@@ -1,0 +1,313 @@
+"""Error estimates against true errors, the choice of steps, and the warning that watches it."""
+
+import copy
+import logging
+import math
+import pickle
+import random
+import warnings
+
+import pytest
+import torch
+
+from nflows_mongeampere import (
+    AccuracyWarning,
+    AutogradPotential,
+    IntegrationError,
+    MongeAmpereTransform,
+    RidgePotential,
+    StepChoice,
+)
+from nflows_mongeampere.conftest import POTENTIALS, SHAPES, Network, close, make_potential, ridge
+from nflows_mongeampere.normflows import MongeAmpere
+
+FACES = [MongeAmpereTransform, MongeAmpere]
+
+
+def solve(transform, x, context=None, inverse=False):
+    with torch.no_grad():
+        return (transform.inverse if inverse else transform.forward)(x, context)
+
+
+def distance(a, b):
+    return torch.linalg.vector_norm((a - b).flatten(1), dim=1)
+
+
+def true_errors(transform, x, context=None, inverse=False):
+    """Distances of outputs and logabsdet from a solve at a tolerance of 1e-12."""
+    exact = type(transform)(
+        transform.potential, time=transform.time, solver="dopri5", atol=1e-12, rtol=1e-12
+    )
+    exact = solve(exact, x, context, inverse)
+    found = solve(transform, x, context, inverse)
+    return distance(found[0], exact[0]), (found[1] - exact[1]).abs()
+
+
+def random_case(seed, **options):
+    """A flow of any kind, with a batch, a context where it wants one, and a direction."""
+    torch.manual_seed(seed)
+    draw = random.Random(seed)
+    shape, context_features = draw.choice(SHAPES), draw.choice([None, 2])
+    potential = make_potential(
+        POTENTIALS[seed % 3],
+        math.prod(shape),
+        hidden=draw.choice([3, 16]),
+        time_dependent=draw.random() < 0.5,
+        context_features=context_features,
+    )
+    with torch.no_grad():  # paths that bend
+        (potential.module.output.weight if seed % 3 == 2 else potential.amplitude).mul_(2)
+    options = {"time": draw.choice([0.5, 1.0])} | options
+    x = torch.randn(4, *shape, dtype=torch.float64)
+    context = None if context_features is None else torch.randn(4, 2, dtype=torch.float64)
+    return draw.choice(FACES)(potential, **options), x, context, draw.random() < 0.5
+
+
+def count_within(factor, cases, floor=1e-11):
+    """How many estimates, of outputs and of logabsdet, lie within a factor of the truth."""
+    within = torch.zeros(2)
+    for transform, x, context, inverse in cases:
+        estimate = transform.estimate_error(x, context, inverse=inverse)
+        truths = true_errors(transform, x, context, inverse)
+        for i, (ours, truth) in enumerate(
+            zip((estimate.outputs, estimate.logabsdet), truths, strict=True)
+        ):
+            assert ours.shape == truth.shape == (4,)
+            ratio = (ours.mean() + floor) / (truth.mean() + floor)
+            within[i] += bool(1 / factor < ratio < factor)
+    return within.tolist()
+
+
+class TestEstimateError:
+    def test_estimates_are_near_the_truth(self):
+        cases = [
+            random_case(seed, solver=solver, steps=steps)
+            for seed, (solver, steps) in enumerate(
+                (solver, steps)
+                for solver in ("euler", "midpoint", "rk4")
+                for steps in (1, 2, 3, 5, 8, 11, 16)
+                for _ in range(3)
+            )
+        ]
+        assert len(cases) == 63
+        assert min(count_within(3, cases)) >= 0.95 * 63
+
+    @pytest.mark.parametrize("solver", ["dopri5", "tsit5"])
+    def test_adaptive_solvers(self, solver):
+        cases = [
+            (tolerance, random_case(seed, solver=solver, atol=tolerance, rtol=tolerance))
+            for seed, tolerance in enumerate((1e-3, 1e-4, 1e-5, 1e-6) * 2)
+        ]
+        for tolerance, case in cases:
+            # steps of least size may be far better than what was asked for
+            assert count_within(3, [case], floor=tolerance / 30) == [1, 1]
+        assert min(count_within(3, [case for _, case in cases])) >= 4
+
+    @pytest.mark.parametrize("face", FACES)
+    @pytest.mark.parametrize("inverse", [False, True])
+    def test_round_trip(self, face, inverse):
+        potential = make_potential("softplus", 6, time_dependent=True, context_features=2)
+        transform = face(potential, steps=2)
+        x, context = torch.randn(5, 2, 1, 3).double(), torch.randn(5, 2).double()
+        there = solve(transform, x, context, inverse)[0]
+        back = solve(transform, there, context, not inverse)[0]
+        expected = distance(back, x)
+        assert expected.min() > 1e-8
+        found = transform.estimate_error(x, context, inverse=inverse).round_trip
+        close(found, expected, 1e-14)
+
+    def test_the_probe_is_no_error(self):
+        transform = MongeAmpereTransform(
+            AutogradPotential(Network(6).double(), laplacian="hutchinson"), steps=32
+        )
+        x = torch.randn(5, 6, dtype=torch.float64)
+        noise = solve(transform, x)[1] - solve(transform, x)[1]
+        assert noise.abs().min() > 1e-3
+        assert transform.estimate_error(x).logabsdet.max() < 1e-6
+
+    @pytest.mark.parametrize("use", ["estimate_error", "choose_steps", "watch"])
+    def test_random_numbers_go_on_as_before(self, use, monkeypatch):
+        # torch.manual_seed would reset the generators of every accelerator too
+        monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda _: pytest.fail("CUDA reseeded"))
+        transform = MongeAmpereTransform(
+            AutogradPotential(Network(2).double(), laplacian="hutchinson")
+        )
+        x = torch.randn(5, 2, dtype=torch.float64)
+        if use == "watch":
+            transform.choose_steps(x, 0.1)
+            twin = MongeAmpereTransform(transform.potential)
+            start = torch.get_rng_state()
+            solve(twin, x)
+            expected = torch.get_rng_state()
+            torch.set_rng_state(start)
+            solve(transform, x)
+            assert not torch.equal(expected, start)
+        else:
+            expected = torch.get_rng_state()
+            getattr(transform, use)(x, *([0.1] if use == "choose_steps" else []))
+        assert torch.equal(torch.get_rng_state(), expected)
+
+    def test_no_gradients(self):
+        transform = MongeAmpereTransform(ridge(2, 5))
+        x = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
+        estimate = transform.estimate_error(x)
+        for error in (estimate.outputs, estimate.logabsdet, estimate.round_trip):
+            assert not error.requires_grad
+
+    def test_autocast(self):
+        transform = MongeAmpereTransform(ridge(2, 5).float())
+        x = torch.randn(5, 2).bfloat16()
+        with torch.autocast("cpu", torch.bfloat16):
+            transform.choose_steps(x, 1e-3)
+            solve(transform, x)
+            assert transform.estimate_error(x).logabsdet.max() <= 1e-3
+
+    @pytest.mark.parametrize("method", ["estimate_error", "choose_steps"])
+    @pytest.mark.parametrize(
+        ("x", "error"),
+        [
+            ([[0.0, 0.0]], TypeError),
+            (None, TypeError),
+            (torch.zeros(2), ValueError),
+            (torch.tensor(0.0), ValueError),
+        ],
+    )
+    def test_bad_inputs(self, method, x, error):
+        transform = MongeAmpereTransform(RidgePotential(2, 5))
+        with pytest.raises(error, match=r"^inputs: got .* expected"):
+            getattr(transform, method)(x, *([0.1] if method == "choose_steps" else []))
+
+
+class TestChooseSteps:
+    @pytest.mark.parametrize("seed", range(6))
+    @pytest.mark.parametrize(
+        ("solver", "tolerance"),
+        [("euler", 0.01), ("midpoint", 3e-4), ("rk4", 1e-8), ("rk4", 1e-10)],
+    )
+    def test_the_fewest_steps(self, seed, solver, tolerance):
+        transform, x, context, inverse = random_case(seed, solver=solver, steps=7)
+        choice = transform.choose_steps(x, tolerance, context, inverse=inverse)
+        assert (transform.steps, transform.tolerance) == (choice.steps, tolerance)
+        assert choice.tolerance == tolerance
+        assert choice.error <= tolerance
+        assert true_errors(transform, x, context, inverse)[1].max() <= 3 * tolerance
+
+        def estimate():
+            return transform.estimate_error(x, context, inverse=inverse).logabsdet.max()
+
+        assert estimate() <= 1.02 * tolerance  # references of different fineness
+        assert choice.steps > 1
+        transform.steps = choice.steps - 1
+        assert estimate() > tolerance
+
+    def test_what_it_says(self, caplog):
+        transform = MongeAmpereTransform(ridge(2, 5))
+        with caplog.at_level(logging.INFO, logger="nflows_mongeampere"):
+            choice = transform.choose_steps(torch.randn(8, 2).double(), 1e-6)
+        assert isinstance(choice, StepChoice)
+        assert f"{choice.steps} steps" in str(choice)
+        assert "1e-06" in str(choice)
+        assert caplog.record_tuples == [("nflows_mongeampere", logging.INFO, str(choice))]
+
+    @pytest.mark.parametrize("saved", FACES)
+    @pytest.mark.parametrize("fresh", FACES)
+    def test_state_dict(self, saved, fresh):
+        x = torch.randn(8, 2, dtype=torch.float64)
+        transform, other = saved(ridge(2, 5), steps=1), fresh(ridge(2, 5), steps=7)
+        other.load_state_dict(transform.state_dict())
+        assert (other.steps, other.tolerance) == (7, None)
+
+        choice = transform.choose_steps(x, 1e-8)
+        assert choice.steps not in (1, 7)
+        other.load_state_dict(transform.state_dict())
+        assert (other.steps, other.tolerance) == (choice.steps, 1e-8)
+        inverse = saved is not fresh
+        assert torch.equal(solve(other, x, inverse=inverse)[1], solve(transform, x)[1])
+
+    @pytest.mark.parametrize("clone", [copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t))])
+    def test_copies(self, clone):
+        transform = MongeAmpereTransform(ridge(2, 5), steps=1)
+        x = torch.randn(8, 2, dtype=torch.float64)
+        choice = transform.choose_steps(x, 1e-6)
+        twin = clone(transform)
+        assert (twin.steps, twin.tolerance) == (choice.steps, 1e-6)
+        assert torch.equal(solve(twin, x)[1], solve(transform, x)[1])
+        assert clone(choice) == choice
+
+    @pytest.mark.parametrize(
+        ("arguments", "options", "error", "message"),
+        [
+            ((torch.zeros(0, 2), 0.1), {}, ValueError, "^inputs: got no rows"),
+            ((torch.zeros(4, 2), 0), {}, ValueError, "^tolerance: got 0"),
+            ((torch.zeros(4, 2), -0.1), {}, ValueError, "^tolerance: got -0.1"),
+            ((torch.zeros(4, 2), math.nan), {}, ValueError, "^tolerance: got nan"),
+            ((torch.zeros(4, 2), "0.1"), {}, TypeError, "^tolerance: got '0.1'"),
+            ((torch.zeros(4, 2), None), {}, TypeError, "^tolerance: got None"),
+            ((torch.zeros(4, 2), 0.1), {"solver": "dopri5"}, ValueError, "^solver: got 'dopri5'"),
+            (
+                (torch.randn(9, 2), 1e-12),
+                {"solver": "midpoint"},
+                IntegrationError,
+                "^tolerance: got 1e-12.*float64",
+            ),
+        ],
+    )
+    def test_errors_leave_the_flow_alone(self, arguments, options, error, message):
+        transform = MongeAmpereTransform(ridge(2, 5).float(), steps=3, **options)
+        with pytest.raises(error, match=message):
+            transform.choose_steps(*arguments)
+        assert (transform.steps, transform.tolerance) == (3, None)
+
+
+class TestAccuracyWarning:
+    x = torch.linspace(-2, 2, 40, dtype=torch.float64).view(20, 2)
+
+    def warnings_of(self, transform, evaluations, grad=False, inverse=False):
+        """How often the evaluations warn."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(evaluations):
+                with torch.set_grad_enabled(grad):
+                    (transform.inverse if inverse else transform.forward)(self.x)
+        assert all(issubclass(w.category, AccuracyWarning) for w in caught)
+        return len(caught)
+
+    @pytest.fixture(params=FACES)
+    def transform(self, request):
+        transform = request.param(ridge(2, 5, scale=2.0))
+        transform.choose_steps(self.x, 1e-5)
+        return transform
+
+    def test_not_where_the_tolerance_is_met(self, transform):
+        assert self.warnings_of(transform, 20) == 0
+
+    @pytest.mark.parametrize("inverse", [False, True])
+    def test_once_after_steps_were_cut(self, transform, inverse):
+        transform.steps = 1
+        assert self.warnings_of(transform, 1, inverse=inverse) == 1
+        assert self.warnings_of(transform, 40, inverse=inverse) == 0
+        transform.choose_steps(self.x, 1e-5)
+        transform.steps = 1
+        with pytest.warns(AccuracyWarning, match=r"off by .* steps=1, .* 1e-05 .* choose_steps"):
+            solve(transform, self.x)
+
+    def test_once_after_weights_grew(self, transform):
+        assert self.warnings_of(transform, 5) == 0
+        with torch.no_grad():
+            transform.potential.weight.mul_(3)
+        assert self.warnings_of(transform, 40) == 1
+
+    def test_a_loaded_flow_watches_too(self, transform):
+        with torch.no_grad():
+            transform.potential.weight.mul_(3)
+        fresh = type(transform)(ridge(2, 5))
+        fresh.load_state_dict(transform.state_dict())
+        assert self.warnings_of(fresh, 40) == 1
+
+    def test_not_in_training(self, transform):
+        transform.steps = 1
+        assert self.warnings_of(transform, 20, grad=True) == 0
+        assert self.warnings_of(transform, 1) == 1
+
+    def test_not_where_nothing_was_chosen(self):
+        assert self.warnings_of(MongeAmpereTransform(ridge(2, 5, scale=2.0), steps=1), 8) == 0
