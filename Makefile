@@ -3,19 +3,31 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+OLDEST := .venv-oldest
 READY := $(VENV)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types format benchmark clean
+.PHONY: help demo test test-versions mutants lint types format benchmark clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(READY) ## train flows on handwritten digits, compare and draw them (about 4 minutes)
 	$(BIN)/python examples/digits.py --out runs/digits
 
-test: $(READY) ## run the tests (a few minutes)
+test: $(READY) ## run the tests with branch coverage (a few minutes)
+	$(BIN)/python -m pytest --cov
+
+test-versions: $(READY) $(OLDEST)/ready ## run the tests with the oldest and the newest dependencies
+	$(OLDEST)/bin/python -c $(VERSIONS)
+	$(OLDEST)/bin/python -m pytest
+	$(BIN)/python -c $(VERSIONS)
 	$(BIN)/python -m pytest
+
+mutants: $(READY) ## break the equations of motion line by line and see the tests notice (5 minutes)
+	rm -rf mutants
+	OMP_NUM_THREADS=1 $(BIN)/mutmut run --max-children 1
+	$(BIN)/mutmut results
 
 lint: $(READY) ## check style
 	$(BIN)/ruff check .
@@ -32,7 +44,7 @@ benchmark: $(READY) ## measure speed and memory on an idle machine (about 6 minu
 	$(BIN)/python examples/benchmarks/speed.py --out runs/benchmarks
 
 clean: ## remove the environment and everything that was made
-	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) mutants .coverage runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # Written last, so that an interrupted installation is taken up again, and checked by importing the
 # package, so that an environment that was moved or whose Python has gone is made anew.
@@ -46,4 +58,14 @@ $(READY): pyproject.toml
 	@echo "Installing into $(VENV): about 3 minutes and 6 GB, once."
 	$(PYTHON) -m venv --clear --without-pip $(VENV)
 	$(PYTHON) -m pip --python $(BIN)/python install --editable ".[examples,test,lint]"
+	@touch $@
+
+VERSIONS := "from importlib.metadata import version; \
+    print(*(f'{p} {version(p)}' for p in 'torch nflows normflows torchdyn numpy'.split()), sep=', ')"
+
+$(OLDEST)/ready: pyproject.toml requirements/oldest.txt
+	@echo "Installing into $(OLDEST): about 3 minutes and 6 GB, once."
+	$(PYTHON) -m venv --clear --without-pip $(OLDEST)
+	$(PYTHON) -m pip --python $(OLDEST)/bin/python install \
+	    --constraint requirements/oldest.txt --editable ".[examples,test]"
 	@touch $@

@@ -1,5 +1,7 @@
 """Both coordinates against each other, and the products they are made of."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -68,6 +70,41 @@ def test_equations_of_motion(shape, activation, coordinates, options):
     velocity = torch.func.jvp(dynamics.outputs, (state,), (dynamics(0.7, state),))[1]
     close(velocity[0].detach(), gradient)
     close(velocity[1].detach(), laplacian)
+
+
+@pytest.mark.parametrize("options", [{}, {"time_dependent": True, "context_features": 2}], ids=str)
+@pytest.mark.parametrize("coordinates", [direct, reduced])
+def test_parameters_carry_every_gradient(coordinates, options):
+    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    context = torch.randn(4, 2, dtype=torch.float64, requires_grad=True) if options else None
+    potential = ridge(3, 5, **options)
+    dynamics = coordinates(potential, x, context)
+    # no costs, where none were asked for
+    assert dynamics.state.shape == ((4, 3 + 1) if coordinates is direct else (5 + 1, 4))
+
+    state = torch.randn_like(dynamics.state)
+    rate = dynamics(0.7, state).sin().sum()
+    leaves = [*potential.parameters(), *([] if context is None else [context])]
+    expected = torch.autograd.grad(rate, leaves, retain_graph=True)
+    through = torch.autograd.grad(rate, dynamics.parameters, retain_graph=True)
+    for ours, theirs in zip(
+        torch.autograd.grad(dynamics.parameters, leaves, through), expected, strict=True
+    ):
+        assert theirs.abs().max() > 1e-6
+        close(ours, theirs, 1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"time_dependent": True, "context_features": 2}], ids=str)
+def test_rate_of_the_laplacian(options):
+    """With its sign, which the roughness, a square, does not show."""
+    x, velocity = torch.randn(2, 4, 3, dtype=torch.float64)
+    context = torch.randn(4, 2, dtype=torch.float64) if options else None
+    potential = ridge(3, 5, **options)
+    value, eps = definition(potential, context), 1e-4
+    before, after = (differentiate(value, x + e * velocity, 0.7 + e)[1] for e in (-eps, eps))
+    with torch.device("meta"):  # a default that must not matter
+        rate = direct(potential, x, context)._laplacian_rate(x, 0.7, velocity)
+    close(rate.detach(), (after - before) / (2 * eps), 1e-6)
 
 
 @pytest.mark.parametrize(("shape", "hidden"), [((3,), 16), ((2, 1, 3), 4)], ids=str)
@@ -152,6 +189,12 @@ class TestConvolutionProduct:
         )
         (theirs,) = torch.autograd.grad(arguments[0] @ arguments[1], arguments[leaf], cotangent)
         close(ours, theirs, 1e-14)
+
+    @pytest.mark.parametrize("needs", [(True, False), (False, True)])
+    def test_no_product_in_vain(self, needs):
+        ctx = SimpleNamespace(saved_tensors=(self.A, self.s), needs_input_grad=needs)
+        grads = _ConvolutionProduct.backward(ctx, self.s)
+        assert tuple(grad is not None for grad in grads) == needs
 
     @pytest.mark.parametrize("in_dims", [(0, 0), (None, 0), (0, None), (1, 1)], ids=str)
     def test_vmap(self, in_dims):
