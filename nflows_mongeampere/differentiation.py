@@ -25,6 +25,11 @@ def differentiation(
         yield point, context, keep_graph
 
 
+def usable(x: Tensor) -> Tensor:
+    """x, or a copy that autograd may save where x was made in inference mode."""
+    return x.clone() if x.is_inference() and not torch.is_inference_mode_enabled() else x
+
+
 def derivative(scalars: Tensor, x: Tensor, keep_graph: bool) -> Tensor:
     """The derivative of the sum of ``scalars``, zero where they do not depend on x."""
     return derivatives(scalars.sum(), (x,), keep_graph)[0]

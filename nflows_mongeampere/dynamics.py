@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nflows_mongeampere import validation
 from nflows_mongeampere.activations import Activation
 from nflows_mongeampere.differentiation import derivatives, differentiation
 
@@ -72,14 +73,14 @@ class DirectDynamics(Dynamics):
         costs: bool = False,
     ) -> None:
         self._field, self._costs = field, costs
-        self._context = context
+        self._potential, self._context = potential, context
         self._event_shape = inputs.shape[1:]
         self.state = F.pad(inputs.flatten(1), (0, 3 if costs else 1))
         self.parameters = (*potential.parameters(), *(() if context is None else (context,)))
 
     def __call__(self, t: float | Tensor, state: Tensor) -> Tensor:
         x = self._points(state)
-        gradient, laplacian = self._field(x, t, self._context)
+        gradient, laplacian = self._check(*self._field(x, t, self._context), x)
         velocity = gradient.flatten(1)
         if not self._costs:
             return torch.cat([velocity, laplacian[:, None]], dim=1)
@@ -104,6 +105,11 @@ class DirectDynamics(Dynamics):
             along_path = (in_space * velocity).sum() + in_time
             (rate,) = derivatives(along_path, (weights,), keep_graph)
         return rate
+
+    def _check(self, gradient: Tensor, laplacian: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        validation.returned("potential", self._potential, gradient, x.shape, "the gradient")
+        validation.returned("potential", self._potential, laplacian, x.shape[:1], "the Laplacian")
+        return gradient.to(x.dtype), laplacian.to(x.dtype)
 
     def _points(self, state: Tensor) -> Tensor:
         return state[:, : self._event_shape.numel()].reshape(len(state), *self._event_shape)

@@ -39,20 +39,29 @@ def save(flow: nn.Module, path: str | Path) -> None:
         path: where to; an existing file is replaced, whole or not at all.
 
     Raises:
-        TypeError: if some part of the flow cannot be described as plain data.
+        TypeError: if some part of the flow cannot be described as plain data, or if its parameters
+            are not all float32 or all float64.
+        ValueError: if the parameters are on the meta device, or the path is no place for a file.
+        FileNotFoundError: if there is no such directory.
     """
+    if not isinstance(flow, nn.Module):
+        raise TypeError(f"flow: got {flow!r}, expected a flow, transform or potential")
     description = json.dumps(_describe(flow, type(flow).__name__))
-    parameter = next(flow.parameters(), torch.zeros(()))
+    dtype = _dtype(flow)
+    target = _path(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"path: there is no directory {target.parent}")
+    if target.is_dir():
+        raise ValueError(f"path: {target} is a directory, expected a file")
     metadata = {
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
         "package_version": __version__,
-        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "dtype": dtype,
         "flow": description,
     }
     # clones, because safetensors refuses tensors that share memory
     tensors = {name: t.detach().cpu().clone() for name, t in flow.state_dict().items()}
-    target = Path(path)
     partial = target.with_name(target.name + ".partial")
     try:
         partial.write_bytes(serialize(tensors, metadata))
@@ -77,7 +86,7 @@ def load(path: str | Path) -> nn.Module:
         ValueError: if the file is damaged, of another kind, from a newer version, or if its tensors
             do not fit its description.
     """
-    target = Path(path)
+    target = _path(path)
     if not target.is_file():
         raise FileNotFoundError(f"path: there is no file {target}")
     try:
@@ -94,20 +103,46 @@ def load(path: str | Path) -> nn.Module:
             f"path: {target} was not written by nflows_mongeampere.files.save; load its tensors "
             "with safetensors and build the flow in code"
         )
-    if metadata["format_version"] != str(FORMAT_VERSION):
+    if metadata.get("format_version") != str(FORMAT_VERSION):
         raise ValueError(
-            f"path: {target} has format version {metadata['format_version']}, written by "
+            f"path: {target} has format version {metadata.get('format_version')}, written by "
             f"nflows-mongeampere {metadata.get('package_version')}; this is {__version__}, which "
             f"reads version {FORMAT_VERSION}: install the version that wrote it"
         )
     try:
         flow: nn.Module = _build(json.loads(metadata["flow"]))
         flow.to(_DTYPES[metadata["dtype"]]).load_state_dict(tensors)
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:  # whatever a constructor says to arguments from anywhere
         raise ValueError(
             f"path: the description and the tensors in {target} do not fit together: {error}"
         ) from error
     return flow
+
+
+def _path(path: object) -> Path:
+    try:
+        target = Path(path)  # type: ignore[arg-type]
+        target.is_file()  # raises for names that the file system cannot hold
+        if not target.name or "\0" in target.name:
+            raise ValueError("no name of a file")
+    except TypeError as error:
+        raise TypeError(f"path: got {path!r}, expected a str or a pathlib.Path") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"path: got {str(path)[:100]!r}: {error}") from error
+    return target
+
+
+def _dtype(flow: nn.Module) -> str:
+    """The name of the dtype that all parameters share."""
+    dtypes = {str(p.dtype).removeprefix("torch.") for p in flow.parameters()} or {"float32"}
+    if len(dtypes) > 1 or not dtypes <= set(_DTYPES):
+        raise TypeError(
+            f"flow: got parameters of {', '.join(sorted(dtypes))}, expected all of float32 or all "
+            "of float64; convert the flow with .to(...)"
+        )
+    if any(t.is_meta for t in (*flow.parameters(), *flow.buffers())):
+        raise ValueError("flow: got parameters on meta, where there are no numbers")
+    return dtypes.pop()
 
 
 def _describe(part: object, place: str) -> object:

@@ -97,7 +97,8 @@ def test_file_holds_tensors_and_plain_data_alone(tmp_path):
     [
         (lambda: AutogradPotential(nn.Linear(3, 1)), "AutogradPotential"),
         (lambda: MongeAmpereFlow(3, 4, embedding_net=nn.Sequential(nn.Linear(3, 3))), "Sequential"),
-        (lambda: nn.Linear, "flow: type is a"),
+        (lambda: nn.Linear, "flow: got <class"),
+        (lambda: nn.ReLU(), "flow: ReLU is a"),
     ],
 )
 def test_what_cannot_be_described(part, message, tmp_path):
@@ -170,7 +171,7 @@ def test_pickle_is_not_opened(tmp_path):
     ],
 )
 def test_foreign_or_damaged_description(saved, changes, message):
-    with pytest.raises(ValueError, match=f"^path: .*{message}"):
+    with pytest.raises(ValueError, match=rf"^path: .*{message}"):
         files.load(saved(**changes))
 
 
@@ -195,3 +196,49 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         files.save(MongeAmpereFlow(3, 4), path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("call", [lambda path: files.save(FLOWS["flow"](), path), files.load])
+@pytest.mark.parametrize(
+    ("path", "error"),
+    [
+        (None, TypeError),
+        (3, TypeError),
+        ("", ValueError),
+        ("a\x00b", ValueError),
+        ("x" * 5000, ValueError),
+        ("/nowhere/at/all", FileNotFoundError),
+    ],
+)
+def test_bad_path(call, path, error):
+    with pytest.raises(error, match=r"^path: "):
+        call(path)
+
+
+def test_directory_is_no_file(tmp_path):
+    with pytest.raises(ValueError, match=r"^path: .* is a directory"):
+        files.save(FLOWS["flow"](), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (lambda flow: flow.half(), TypeError),
+        (lambda flow: flow._transform.potential.weight.data.double(), None),
+        (lambda flow: flow.to("meta"), ValueError),
+    ],
+)
+def test_parameters_that_a_file_would_change(change, error, tmp_path):
+    flow = FLOWS["flow"]()
+    changed = change(flow)
+    if error is None:  # one of another precision
+        flow._transform.potential.weight = nn.Parameter(changed)
+    with pytest.raises(error or TypeError, match=r"^flow: got parameters"):
+        files.save(flow, tmp_path / "t")
+    assert not list(tmp_path.iterdir())
+
+
+def test_header_without_a_version(tmp_path):
+    save_file({}, tmp_path / "t", {"format": "nflows-mongeampere"})
+    with pytest.raises(ValueError, match=r"^path: .* format version None"):
+        files.load(tmp_path / "t")

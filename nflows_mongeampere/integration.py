@@ -6,7 +6,8 @@ import copy
 import itertools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,7 +74,9 @@ class Integrator:
         if isinstance(self.solver, str):
             validation.choice("solver", self.solver, SOLVER_DICT)
         elif not (
-            callable(getattr(self.solver, "step", None)) and _has_stepping_class(self.solver)
+            callable(getattr(self.solver, "step", None))
+            and callable(getattr(self.solver, "sync_device_dtype", None))
+            and _has_stepping_class(self.solver)
         ):
             raise TypeError(
                 f"solver: got {self.solver!r}, expected the name of a torchdyn solver "
@@ -198,7 +201,7 @@ class Integrator:
                     solver.order,
                 )
             )
-            if t + size == t:
+            if not t + size > t:  # too small to move, or NaN
                 break
         raise IntegrationError(
             f"solver {_name(solver)} stopped at t = {t:g} on its way from {start:g} to {stop:g}, "
@@ -212,7 +215,7 @@ class Integrator:
         """The error of a step in units of the tolerance; infinite where the step failed."""
         if error is None or error.shape != state.shape:
             raise IntegrationError(
-                "the adaptive solver returned no error estimate of the state from its step; use a "
+                "solver: it returned no error estimate of the state from its step; use an adaptive "
                 "solver with an embedded pair, like 'dopri5', or a fixed-step one"
             )
         scale = self.atol + self.rtol * torch.maximum(state.abs(), candidate.abs())
@@ -241,7 +244,9 @@ class Integrator:
         # torchdyn warns of tolerances that are not its defaults where the solver ignores them
         tolerances = (self.atol, self.rtol) if adaptive else (1e-3, 1e-3)
         sign = 1.0 if times[1] > times[0] else -1.0
-        field = _AdjointField(dynamics, times[0], sign)
+        # torchdyn's adaptive loops have no bound of their own; a step has up to 7 evaluations
+        most = 7 * self.max_steps if adaptive else None
+        field = _AdjointField(dynamics, times[0], sign, most, _name(solver))
         problem = problem_class(
             field,
             # implicit Euler cannot integrate the adjoint equation, which torchdyn does not trace
@@ -257,9 +262,11 @@ class Integrator:
         for start, stop in itertools.pairwise(times):
             grid = [start, stop] if adaptive else self._grid(start, stop, duration)
             span = states[-1].new_tensor([sign * (t - times[0]) for t in grid])
-            state = problem(states[-1], span)[1][-1]
+            field.evaluations = 0
+            with _search(solver):
+                state = problem(states[-1], span)[1][-1]
             if state.requires_grad:
-                state.register_hook(_forbid_second_derivatives)
+                state.register_hook(field.begin_backward)
             states.append(state)
         return states
 
@@ -298,18 +305,25 @@ class _Stepper:
     def __call__(self, t: float, dt: float, state: Tensor) -> tuple[Tensor, Tensor | None]:
         """The state after ``dt``, and the solver's estimate of the error where it has one."""
         if self._recompute and torch.is_grad_enabled():
+            # the search for a root differentiates, and each derivative would repeat a checkpoint
+            found = self._advance(t, dt, state) if self._implicit else None
             result: tuple[Tensor, Tensor | None] = checkpoint(
-                self._repeatable_step, t, dt, state, use_reentrant=False, preserve_rng_state=False
+                self._repeatable_step,
+                *(t, dt, state, found),
+                use_reentrant=False,
+                preserve_rng_state=False,
             )
             return result
         return self._step(t, dt, state)
 
-    def _repeatable_step(self, t: float, dt: float, state: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _repeatable_step(
+        self, t: float, dt: float, state: Tensor, found: tuple[Tensor, Tensor | None] | None
+    ) -> tuple[Tensor, Tensor | None]:
         """The step, even if parameters were frozen or thawed since, as normflows does."""
         flags = [p.requires_grad for p in self.dynamics.parameters]
         self._set_requires_grad(self._requires_grad)
         try:
-            return self._step(t, dt, state)
+            return self._step(t, dt, state, found)
         finally:
             self._set_requires_grad(flags)
 
@@ -318,21 +332,33 @@ class _Stepper:
             if parameter.requires_grad != flag:
                 parameter.requires_grad_(flag)
 
-    def _step(self, t: float, dt: float, state: Tensor) -> tuple[Tensor, Tensor | None]:
-        step = self._solver.step(self.dynamics, state, t, dt)
+    def _step(
+        self,
+        t: float,
+        dt: float,
+        state: Tensor,
+        found: tuple[Tensor, Tensor | None] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        advanced, error = self._advance(t, dt, state) if found is None else found
+        if self._implicit:
+            advanced = self._differentiable_implicit_step(advanced.detach(), t, dt, state)
+        return advanced, error
+
+    def _advance(self, t: float, dt: float, state: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the solver makes of the state."""
+        with _search(self._solver):
+            step = self._solver.step(self.dynamics, state, t, dt)
         if not isinstance(step, tuple) or len(step) < 3:
             raise IntegrationError(
                 f"solver {_name(self._solver)} returned {type(step).__name__} from its step, "
                 "expected a tuple (slope, state, error), like torchdyn's solvers"
             )
         advanced, error = step[1:3]
-        if not isinstance(advanced, Tensor) or advanced.shape != state.shape:
+        if not isinstance(advanced, Tensor) or _kind(advanced) != _kind(state):
             raise IntegrationError(
-                f"solver {_name(self._solver)} returned {type(advanced).__name__} from its step, "
-                f"expected a tensor of shape {tuple(state.shape)}, like the state it was given"
+                f"solver {_name(self._solver)} returned {validation.describe(advanced)} from its "
+                f"step, expected {validation.describe(state)}, like the state it was given"
             )
-        if self._implicit:
-            advanced = self._differentiable_implicit_step(advanced.detach(), t, dt, state)
         return advanced, error
 
     def _differentiable_implicit_step(
@@ -393,10 +419,20 @@ class _AdjointField(nn.Module):
 
     torchdyn differentiates with respect to ``parameters()``; these are the tensors, leaves or not,
     that the derivative depends on, and the graph carries their gradients on to the model.
+
+    Args:
+        dynamics: the equations of motion.
+        start: the time where they start.
+        sign: whether time rises or falls.
+        most: how often they may be evaluated in one solve, forward or backward, or None.
+        solver: the name of the solver.
     """
 
-    def __init__(self, dynamics: Dynamics, start: float, sign: float) -> None:
+    def __init__(
+        self, dynamics: Dynamics, start: float, sign: float, most: int | None, solver: str
+    ) -> None:
         super().__init__()
+        self._most, self._solver, self.evaluations = most, solver, 0
         self._dynamics, self._start, self._sign = dynamics, start, sign
         self._tensors = tuple(p for p in dynamics.parameters if p.requires_grad)
         if not self._tensors:
@@ -405,8 +441,20 @@ class _AdjointField(nn.Module):
     def parameters(self, recurse: bool = True):  # type: ignore[no-untyped-def]
         return iter(self._tensors)
 
+    def begin_backward(self, grad: Tensor) -> None:
+        """Watch the solve of the adjoint equation, which starts from ``grad``."""
+        _forbid_second_derivatives(grad)
+        self.evaluations = 0
+
     # torchdyn looks for a parameter of this name
     def forward(self, t: Tensor, state: Tensor) -> Tensor:
+        self.evaluations += 1
+        if self._most is not None and self.evaluations > self._most:
+            raise IntegrationError(
+                f"solver {self._solver} did not arrive within max_steps={self._most // 7}: the "
+                "potential explodes or is too stiff for the tolerance; raise atol and rtol or "
+                "max_steps, use smaller weights, or use a fixed-step solver"
+            )
         derivative = self._sign * self._dynamics(self._start + self._sign * t, state)
         if torch.is_grad_enabled():
             # torchdyn needs a gradient, be it zero, for every parameter and for the time
@@ -426,6 +474,24 @@ def _import_ode_problem():  # type: ignore[no-untyped-def]
             "your torch, or use sensitivity='recompute', which needs neither"
         ) from error
     return ODEProblem
+
+
+@contextmanager
+def _search(solver: Solver) -> Iterator[None]:
+    """Say so where the search of an implicit solver for its root overflows."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(solver, ImplicitEuler) or type(error) is not RuntimeError:
+            raise
+        raise IntegrationError(
+            f"solver {_name(solver)} found no solution of its step ({error}): the potential is too "
+            "steep; use more steps or smaller weights"
+        ) from error
+
+
+def _kind(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.shape, tensor.dtype, tensor.device, tensor.layout
 
 
 def _has_stepping_class(solver: object) -> bool:

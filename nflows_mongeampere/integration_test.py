@@ -11,7 +11,14 @@ from torch import nn
 from torchdyn.numerics import odeint
 from torchdyn.numerics.solvers.ode import AsynchronousLeapfrog, DormandPrince45, Euler, RungeKutta4
 
-from nflows_mongeampere import IntegrationError, Integrator, MongeAmpereTransform, Potential
+from nflows_mongeampere import (
+    AutogradPotential,
+    IntegrationError,
+    Integrator,
+    MongeAmpereTransform,
+    Potential,
+    RidgePotential,
+)
 from nflows_mongeampere.conftest import POTENTIALS, close, make_potential, ridge
 
 ORDERS = {"euler": 1, "ieuler": 1, "midpoint": 2, "alf": 2, "rk4": 4}
@@ -442,5 +449,42 @@ class TestFailures:
 )
 def test_bad_construction(options, error):
     name = next(iter(options))
-    with pytest.raises(error, match=f"^{name}: got .*(expected|use)"):
+    with pytest.raises(error, match=rf"^{name}: got .*(expected|use)"):
         Integrator(**options)
+
+
+@pytest.mark.parametrize("sensitivity", ["adjoint", "interpolated_adjoint"])
+def test_adjoints_are_bounded(sensitivity):
+    potential = RidgePotential(3, 8)
+    torch.nn.init.constant_(potential.amplitude, 1e4)
+    settings = {"solver": "dopri5", "sensitivity": sensitivity, "max_steps": 20}
+    with pytest.raises(IntegrationError, match=r"^solver Dorm.* did not arrive .*max_steps=20"):
+        MongeAmpereTransform(potential, **settings)(torch.randn(4, 3))
+
+
+@pytest.mark.parametrize("sensitivity", ["autograd", "recompute", "adjoint"])
+def test_overflow_in_the_search_for_a_root(sensitivity):
+    potential = RidgePotential(3, 8)
+    torch.nn.init.constant_(potential.amplitude, 1e25)
+    with pytest.raises(IntegrationError, match=r"^solver ImplicitEuler .* more steps"):
+        MongeAmpereTransform(potential, solver="ieuler", sensitivity=sensitivity)(torch.ones(4, 3))
+
+
+def test_search_for_a_root_is_no_part_of_a_checkpoint():
+    """Else each of its derivatives would repeat the search from the start."""
+    calls = []
+
+    class Counting(nn.Module):
+        def forward(self, x):
+            calls.append(len(x))
+            return x.sin().sum(1)
+
+    counts = []
+    for sensitivity in ("autograd", "recompute"):
+        transform = MongeAmpereTransform(
+            AutogradPotential(Counting()), solver="ieuler", steps=1, sensitivity=sensitivity
+        )
+        calls.clear()
+        transform(torch.randn(4, 3, requires_grad=True))
+        counts.append(len(calls))
+    assert counts[1] < 3 * counts[0]

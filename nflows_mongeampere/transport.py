@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nflows_mongeampere import accuracy, validation
 from nflows_mongeampere.accuracy import AccuracyWarning, ErrorEstimate, StepChoice
+from nflows_mongeampere.differentiation import usable
 from nflows_mongeampere.integration import Integrator
 from nflows_mongeampere.potentials import Potential
 
@@ -50,6 +51,12 @@ class TransportCosts:
 
     def add(self, kinetic: Tensor, roughness: Tensor) -> None:
         """Add the costs of one flow."""
+        before = getattr(self, "kinetic", kinetic)
+        if before.shape != kinetic.shape:
+            raise ValueError(
+                f"inputs: got {len(kinetic)} rows after a batch of {len(before)}; the costs of "
+                "each batch need a with block of their own"
+            )
         self.kinetic = kinetic + getattr(self, "kinetic", 0)
         self.roughness = roughness + getattr(self, "roughness", 0)
 
@@ -73,7 +80,9 @@ def transport_costs(model: nn.Module) -> Iterator[TransportCosts]:
         The costs of the batches that went through the flows since.
 
     Raises:
-        ValueError: if there is no Monge-Ampère flow in ``model``.
+        TypeError: if ``model`` is no module.
+        ValueError: if there is no Monge-Ampère flow in ``model``, or where a batch of another size
+            goes through it.
 
     Example:
         >>> import torch
@@ -83,6 +92,8 @@ def transport_costs(model: nn.Module) -> Iterator[TransportCosts]:
         ...     nll = -flow.log_prob(torch.randn(8, 2)).mean()
         >>> loss = nll + 0.01 * costs.kinetic.mean() + 0.01 * costs.roughness.mean()
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
     transports = [module for module in model.modules() if isinstance(module, Transport)]
     if not transports:
         raise ValueError(
@@ -177,7 +188,8 @@ class Transport(nn.Module):
             TypeError, ValueError: for arguments that do not fit.
             IntegrationError: where the solver fails.
         """
-        return accuracy.estimate_error(self, inputs, context, self._forward_to_data != inverse)
+        to_data = self._forward_to_data != validation.boolean("inverse", inverse)
+        return accuracy.estimate_error(self, inputs, context, to_data)
 
     def choose_steps(
         self,
@@ -206,7 +218,7 @@ class Transport(nn.Module):
             TypeError, ValueError: for arguments that do not fit, or an adaptive solver.
             IntegrationError: if no number of steps meets the tolerance.
         """
-        to_data = self._forward_to_data != inverse
+        to_data = self._forward_to_data != validation.boolean("inverse", inverse)
         choice = accuracy.choose_steps(self, inputs, tolerance, context, to_data)
         self._adopt(choice.steps, choice.tolerance)
         return choice
@@ -217,7 +229,14 @@ class Transport(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take up the steps of a ``state_dict`` where they were chosen by a tolerance."""
-        steps, tolerance = state.tolist()
+        valid = isinstance(state, Tensor) and state.is_floating_point() and state.shape == (2,)
+        numbers = state.tolist() if valid and not state.is_meta else [math.nan]
+        if not all(map(math.isfinite, numbers)) or numbers[1] < 0:
+            raise ValueError(
+                f"state: got {state!r}, expected two finite numbers, the steps and the tolerance "
+                "that get_extra_state gave"
+            )
+        steps, tolerance = numbers
         if tolerance > 0:
             self._adopt(int(steps), tolerance)
 
@@ -292,7 +311,8 @@ class Transport(nn.Module):
         self, name: str, inputs: Tensor, context: Tensor | None, times: Sequence[float]
     ) -> list[tuple[Tensor, Tensor]]:
         """The points and their log-determinants at each of ``times`` but the first."""
-        if isinstance(inputs, Tensor) and torch.is_autocast_enabled(inputs.device.type):
+        dense = isinstance(inputs, Tensor) and not inputs.is_meta
+        if dense and torch.is_autocast_enabled(inputs.device.type):
             # errors add up along the path: a log-density in half precision means nothing
             with torch.autocast(inputs.device.type, enabled=False):
                 context = None if context is None else self._refine(context)
@@ -303,6 +323,7 @@ class Transport(nn.Module):
             with torch.inference_mode(False), torch.no_grad():
                 context = None if context is None else context.clone()
                 return self._follow(name, inputs.clone(), context, times)
+        inputs, context = usable(inputs), None if context is None else usable(context)
         costs = self._costs is not None
         dynamics = self.potential.dynamics(inputs, context, self.integrator.evaluations, costs)
         if len(inputs) == 0:
@@ -322,8 +343,12 @@ class Transport(nn.Module):
 
     def _check_times(self, times: Sequence[float] | Tensor) -> list[float]:
         try:
-            moments = [float(t) for t in times]
-        except (TypeError, ValueError) as error:
+            if isinstance(times, str):
+                raise TypeError
+            moments = [float(times[i]) for i in range(len(times))]
+        except OverflowError:
+            moments = [math.inf]
+        except (TypeError, ValueError, RuntimeError, LookupError) as error:
             raise TypeError(f"times: got {times!r}, expected a sequence of numbers") from error
         steps = [after - before for before, after in itertools.pairwise(moments)]
         if (

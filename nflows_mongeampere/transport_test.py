@@ -15,6 +15,7 @@ from nflows_mongeampere import (
     MongeAmpereFlow,
     MongeAmpereTransform,
     RidgePotential,
+    transport_costs,
 )
 from nflows_mongeampere.conftest import (
     POTENTIALS,
@@ -483,7 +484,7 @@ class TestBadInput:
 def test_bad_construction(face, options, error):
     name = next(iter(options))
     options = {"potential": RidgePotential(2, 3)} | options
-    with pytest.raises(error, match=f"^{name}: got .* expected"):
+    with pytest.raises(error, match=rf"^{name}: got .* expected"):
         face(options.pop("potential"), **options)
 
 
@@ -498,3 +499,98 @@ def test_steps_may_be_set():
         transform.steps = 0
     with pytest.raises(TypeError, match=r"^steps: got 2.5"):
         transform.steps = 2.5
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        None,
+        [8, 0],
+        torch.zeros(3),
+        torch.tensor([8, 0]),
+        torch.tensor([math.nan, 1.0]),
+        torch.tensor([8.0, -1.0]),
+        torch.zeros(2, device="meta"),
+    ],
+    ids=repr,
+)
+def test_bad_extra_state(state):
+    with pytest.raises(ValueError, match=r"^state: got "):
+        MongeAmpereTransform(RidgePotential(2, 4)).set_extra_state(state)
+
+
+@pytest.mark.parametrize(
+    ("times", "error"),
+    [
+        ("01", TypeError),
+        (iter([0.0, 1.0]), TypeError),
+        (torch.zeros(2, 2), TypeError),
+        (torch.zeros(2, device="meta"), TypeError),
+        ({0.0, 1.0}, TypeError),
+        ([0, 10**400], ValueError),
+    ],
+    ids=["text", "iterator", "matrix", "meta", "set", "huge"],
+)
+def test_bad_times(times, error):
+    with pytest.raises(error, match=r"^times: got "):
+        MongeAmpereTransform(RidgePotential(2, 4)).trajectory(torch.zeros(1, 2), times)
+
+
+@pytest.mark.parametrize("method", ["estimate_error", "choose_steps"])
+def test_inverse_is_a_flag(method):
+    transform = MongeAmpereTransform(RidgePotential(2, 4))
+    arguments = {"tolerance": 1e-2} if method == "choose_steps" else {}
+    with pytest.raises(TypeError, match=r"^inverse: got 'yes'"):
+        getattr(transform, method)(torch.zeros(1, 2), inverse="yes", **arguments)
+
+
+def test_costs_of_what_is_no_module():
+    with pytest.raises(TypeError, match=r"^model: got list"), transport_costs([]):
+        pass
+
+
+def test_costs_of_batches_of_two_sizes():
+    flow = MongeAmpereTransform(RidgePotential(2, 4))
+    with transport_costs(flow):
+        flow(torch.zeros(3, 2))
+        with pytest.raises(ValueError, match=r"^inputs: got 2 rows after a batch of 3"):
+            flow(torch.zeros(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "name"),
+    [
+        ({"embedding_net": "net"}, TypeError, "embedding_net"),
+        ({"distribution": torch.distributions.Normal(0.0, 1.0)}, TypeError, "distribution"),
+        ({"distribution": StandardNormal([3])}, ValueError, "distribution"),
+    ],
+)
+def test_bad_flow(options, error, name):
+    with pytest.raises(error, match=rf"^{name}: got "):
+        MongeAmpereFlow(2, 4, **options)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "name"),
+    [
+        (lambda flow: flow.log_prob("x"), TypeError, "inputs"),
+        (lambda flow: flow.log_prob(torch.tensor(1.0), torch.ones(1)), ValueError, "context"),
+        (lambda flow: flow.log_prob(torch.ones(2, 2), torch.tensor(1.0)), ValueError, "context"),
+        (lambda flow: flow.log_prob(torch.ones(3, 2, 1), torch.ones(3, 1)), ValueError, "inputs"),
+        (lambda flow: flow.log_prob(torch.ones(3, 2), torch.ones(2, 1)), ValueError, "context"),
+        (lambda flow: flow.sample(0), ValueError, "num_samples"),
+        (lambda flow: flow.sample(3, torch.ones(2, 1), 0), ValueError, "batch_size"),
+        (lambda flow: flow.sample_and_log_prob(1.5), TypeError, "num_samples"),
+        (lambda flow: flow.transform_to_noise(None), TypeError, "inputs"),
+    ],
+)
+def test_bad_calls_of_a_flow(call, error, name):
+    with pytest.raises(error, match=rf"^{name}: got "):
+        call(MongeAmpereFlow(2, 4, context_features=1))
+
+
+@pytest.mark.parametrize("size", [None, 1, 2, 5, 9])
+def test_samples_in_batches(size):
+    flow = MongeAmpereFlow(2, 4, context_features=1)
+    assert flow.sample(5, torch.ones(3, 1), size).shape == (3, 5, 2)
+    assert MongeAmpereFlow(2, 4).sample(5, batch_size=size).shape == (5, 2)

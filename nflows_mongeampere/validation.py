@@ -6,22 +6,41 @@ Every error names the argument, what came, what was expected and what to do.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable
 from numbers import Real
 
+import numpy as np
 import torch
 from torch import Tensor
+
+# The largest size that a 32-bit index reaches.
+LARGEST = 2**31 - 1
+
+
+def boolean(name: str, value: object) -> bool:
+    """Return ``value`` if it is True or False."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), expected True or False")
+    return bool(value)
 
 
 def integer(name: str, value: object, *, minimum: int = 1) -> int:
     """Return ``value`` if it is an integer that is at least ``minimum``."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)  # type: ignore[arg-type]
+    except (TypeError, RuntimeError) as error:  # the latter from tensors without data
         raise TypeError(
             f"{name}: got {value!r} ({type(value).__name__}), expected an integer >= {minimum}"
-        )
-    number = int(value.__index__())
+        ) from error
     if number < minimum:
         raise ValueError(f"{name}: got {number}, expected an integer >= {minimum}")
+    if number > LARGEST:
+        raise ValueError(
+            f"{name}: got a number of {number.bit_length()} bits, expected at most {LARGEST}"
+        )
     return number
 
 
@@ -31,10 +50,18 @@ def positive(name: str, value: object) -> float:
         raise TypeError(
             f"{name}: got {value!r} ({type(value).__name__}), expected a positive number"
         )
-    number = float(value)
+    number = real(value)
     if not math.isfinite(number) or number <= 0:
         raise ValueError(f"{name}: got {number}, expected a finite number > 0")
     return number
+
+
+def real(value: Real) -> float:
+    """``value`` as a float, infinite where it is too large for one."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def choice(name: str, value: object, choices: Iterable[str]) -> str:
@@ -42,6 +69,16 @@ def choice(name: str, value: object, choices: Iterable[str]) -> str:
     allowed = tuple(choices)
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, allowed))}")
+    return value
+
+
+def dense(name: str, value: Tensor) -> Tensor:
+    """Return ``value`` if it is neither sparse nor nested."""
+    if value.layout != torch.strided or value.is_nested:
+        raise TypeError(
+            f"{name}: got a {_layout(value)} tensor, expected a dense one; "
+            f"convert it with {name}.to_dense() or pad it"
+        )
     return value
 
 
@@ -58,6 +95,13 @@ def batch(name: str, value: object, like: Tensor | None) -> Tensor:
         raise TypeError(
             f"{name}: got {type(value).__name__}, expected a torch.Tensor of shape (B, ...); "
             "convert it with torch.as_tensor"
+        )
+    dense(name, value)
+    if value.is_floating_point() and value.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"{name}: got dtype {value.dtype}, whose rounding adds up along the path until a "
+            "log-density means nothing; convert model and data with .to(torch.float32), and "
+            "leave half precision to torch.autocast"
         )
     if not value.is_floating_point():
         raise TypeError(
@@ -80,8 +124,74 @@ def batch(name: str, value: object, like: Tensor | None) -> Tensor:
                 f"{name}: got a tensor on {value.device}, but the model's parameters are on "
                 f"{like.device}; move one of them with .to(...)"
             )
+    if value.is_meta:
+        raise ValueError(
+            f"{name}: got a tensor on meta, where there are no numbers; "
+            "build model and data on a device that has some"
+        )
     if not bool(torch.isfinite(value).all()):
         raise ValueError(
             f"{name}: got NaN or infinite entries, expected finite ones; clean the data"
         )
     return value
+
+
+def instant(name: str, value: object, like: Tensor) -> float | Tensor:
+    """Return ``value`` if it is a finite time, or one for each row of ``like``."""
+    if isinstance(value, Tensor):
+        if value.layout != torch.strided or value.is_complex() or value.dtype == torch.bool:
+            raise TypeError(
+                f"{name}: got a {_layout(value)} tensor of {value.dtype}, expected a dense one of "
+                "real numbers"
+            )
+        if tuple(value.shape) not in ((), (len(like),)):
+            raise ValueError(
+                f"{name}: got shape {tuple(value.shape)}, expected () or ({len(like)},): one time "
+                "for all rows of x or one for each"
+            )
+        if value.is_meta:
+            raise ValueError(f"{name}: got a tensor on meta, where there are no numbers")
+    elif isinstance(value, Real):
+        value = real(value)
+    else:
+        raise TypeError(
+            f"{name}: got {value!r}, expected a number or a tensor of shape () or ({len(like)},)"
+        )
+    if not bool(torch.isfinite(torch.as_tensor(value, dtype=like.dtype)).all()):
+        raise ValueError(f"{name}: got {value}, expected finite times in {like.dtype}")
+    return value
+
+
+def returned(name: str, source: object, value: object, shape: torch.Size, what: str) -> Tensor:
+    """Return ``value`` if ``source``, code of the user, was right to return it.
+
+    Args:
+        name: the argument by which the user gave ``source``.
+        source: the object that returned the value.
+        value: what it returned.
+        shape: the shape that was expected.
+        what: the meaning of that shape.
+    """
+    if (
+        not isinstance(value, Tensor)
+        or value.shape != shape
+        or value.layout != torch.strided
+        or value.is_meta
+        or not value.is_floating_point()
+    ):
+        raise ValueError(
+            f"{name}: {type(source).__name__} returned {describe(value)}, expected floating-point "
+            f"numbers in a tensor of shape {tuple(shape)}: {what}"
+        )
+    return value
+
+
+def describe(value: object) -> str:
+    """A few words on an argument of the wrong kind."""
+    if isinstance(value, Tensor) and not value.is_nested:
+        return f"a tensor of shape {tuple(value.shape)}, {value.dtype}, on {value.device}"
+    return repr(value)
+
+
+def _layout(value: Tensor) -> str:
+    return "nested" if value.is_nested else str(value.layout).removeprefix("torch.")

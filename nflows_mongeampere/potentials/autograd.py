@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nflows_mongeampere import validation
 from nflows_mongeampere.differentiation import derivative, differentiation
 from nflows_mongeampere.dynamics import DirectDynamics, Dynamics
-from nflows_mongeampere.potentials.base import Potential, Time, _describe
+from nflows_mongeampere.potentials.base import Potential, Time
 
 # Coordinates of the exact Laplacian that are differentiated at once.
 _CHUNK = 64
@@ -46,8 +46,8 @@ class AutogradPotential(Potential):
         self, module: nn.Module, *, laplacian: str = "exact", probe: str = "rademacher"
     ) -> None:
         super().__init__()
-        if not isinstance(module, nn.Module):
-            raise TypeError(f"module: got {module!r}, expected a torch.nn.Module")
+        if not isinstance(module, nn.Module) or _has_no_forward(module):
+            raise TypeError(f"module: got {module!r}, expected a torch.nn.Module with a forward")
         self.module = module
         self.laplacian_method = validation.choice("laplacian", laplacian, ("exact", "hutchinson"))
         self.probe = validation.choice("probe", probe, ("rademacher", "gaussian"))
@@ -73,7 +73,7 @@ class AutogradPotential(Potential):
             return
         if self._context is None:
             raise ValueError(
-                f"context: got {_describe(context)}, expected None, because "
+                f"context: got {validation.describe(context)}, expected None, because "
                 f"{type(self.module).__name__}.forward has no parameter named context; give it one"
             )
         validation.batch("context", context, like)
@@ -95,14 +95,17 @@ class AutogradPotential(Potential):
             arguments["t"] = torch.as_tensor(t, dtype=x.dtype, device=x.device)
         if self._context is not None:
             arguments["context"] = context
-        value: Tensor = self.module(x, **arguments)
-        if not isinstance(value, Tensor) or value.shape != x.shape[:1]:
+        try:
+            value: Tensor = self.module(x, **arguments)
+        except RuntimeError as error:
+            if type(error) is not RuntimeError:  # out of memory, or a flow inside
+                raise
             raise ValueError(
-                f"module: {type(self.module).__name__} returned {_describe(value)} for inputs of "
-                f"shape {tuple(x.shape)}, expected a tensor of shape ({len(x)},): one value for "
-                "each row; squeeze or sum the rest"
-            )
-        return value
+                f"module: {type(self.module).__name__} failed on x of shape {tuple(x.shape)}: "
+                f"{error}"
+            ) from error
+        what = "one value for each row; squeeze or sum the rest"
+        return validation.returned("module", self.module, value, x.shape[:1], what)
 
     @torch.compiler.disable  # the graph of a compiled function cannot be differentiated twice
     def _gradient(self, x: Tensor, t: Time | None, context: Tensor | None) -> Tensor:
@@ -135,6 +138,12 @@ class AutogradPotential(Potential):
 
     def extra_repr(self) -> str:
         return f"laplacian={self.laplacian_method!r}, probe={self.probe!r}"
+
+
+def _has_no_forward(module: nn.Module) -> bool:
+    return getattr(type(module), "forward", None) is nn.Module.forward and (
+        "forward" not in vars(module)
+    )
 
 
 def _trace_of_jacobian(field: Tensor, x: Tensor, keep_graph: bool) -> Tensor:

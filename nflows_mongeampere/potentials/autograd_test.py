@@ -250,3 +250,14 @@ def test_bad_construction(arguments, error, name):
     arguments = {"module": Network(2)} | arguments
     with pytest.raises(error, match=f"{name}: got"):
         AutogradPotential(arguments.pop("module"), **arguments)
+
+
+def test_module_that_does_not_fit_its_input():
+    with pytest.raises(ValueError, match=r"^module: Linear failed on x of shape \(2, 3\): .*mat1"):
+        AutogradPotential(nn.Linear(4, 1))(torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("module", [nn.Module(), nn.ModuleList()])
+def test_module_without_forward(module):
+    with pytest.raises(TypeError, match=r"^module: got .* with a forward"):
+        AutogradPotential(module)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from numbers import Real
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from nflows_mongeampere import validation
+from nflows_mongeampere.differentiation import usable
 from nflows_mongeampere.dynamics import DirectDynamics, Dynamics
 
 Time = float | Tensor
@@ -71,15 +72,15 @@ class Potential(nn.Module):
             TypeError: for an argument of the wrong type or dtype.
             ValueError: for an argument of the wrong shape or with entries that are not finite.
         """
-        return self._value(*self.check(x, t, context))
+        return self._evaluate(self._value, x, t, context)
 
     def gradient(self, x: Tensor, t: Time | None = None, context: Tensor | None = None) -> Tensor:
         r"""The gradient :math:`\nabla u(x, t; c)`, in the shape of ``x``; see :meth:`forward`."""
-        return self._gradient(*self.check(x, t, context))
+        return self._evaluate(self._gradient, x, t, context)
 
     def laplacian(self, x: Tensor, t: Time | None = None, context: Tensor | None = None) -> Tensor:
         r"""The Laplacian :math:`\Delta u(x, t; c)`, shape (B,); see :meth:`forward`."""
-        return self._laplacian(*self.check(x, t, context))
+        return self._evaluate(self._laplacian, x, t, context)
 
     def dynamics(
         self, inputs: Tensor, context: Tensor | None, evaluations: int, costs: bool = False
@@ -100,7 +101,8 @@ class Potential(nn.Module):
     ) -> tuple[Tensor, Time | None, Tensor | None]:
         """Return the arguments if the potential can be evaluated on them, else raise."""
         self.check_batch("x", x, context)
-        return x, self._check_time(t, x), context
+        context = None if context is None else usable(context)
+        return usable(x), self._check_time(t, x), context
 
     def check_batch(self, name: str, x: Tensor, context: Tensor | None) -> None:
         """Raise unless ``x``, which the user knows as ``name``, and ``context`` fit."""
@@ -112,6 +114,8 @@ class Potential(nn.Module):
                 f"{self.features}; build the potential with features={x.shape[1:].numel()} "
                 f"or reshape {name}"
             )
+        if x.shape[1:].numel() == 0:
+            raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected an entry in each row")
         self._check_context(name, x, context, like)
 
     def _check_context(
@@ -120,8 +124,8 @@ class Potential(nn.Module):
         if self.context_features is None:
             if context is not None:
                 raise ValueError(
-                    f"context: got {_describe(context)}, expected None, because the potential was "
-                    "built without context; build it with context_features=..."
+                    f"context: got {validation.describe(context)}, expected None, because the "
+                    "potential was built without context; build it with context_features=..."
                 )
             return
         if context is None:
@@ -141,35 +145,43 @@ class Potential(nn.Module):
             return None
         if t is None:
             raise ValueError("t: got None, expected a time, because the potential depends on it")
-        if not isinstance(t, (Real, Tensor)):
-            raise TypeError(
-                f"t: got {t!r}, expected a number or a tensor of shape () or ({len(x)},)"
-            )
-        if isinstance(t, Tensor) and tuple(t.shape) not in ((), (len(x),)):
+        return validation.instant("t", t, x)
+
+    def _evaluate(
+        self,
+        function: Callable[..., Tensor],
+        x: Tensor,
+        t: Time | None,
+        context: Tensor | None,
+    ) -> Tensor:
+        """The value of one of the methods below, which does not surprise the user with NaN."""
+        result = function(*self.check(x, t, context))
+        name = function.__name__.removeprefix("_")
+        shape = x.shape if name == "gradient" else x.shape[:1]
+        validation.returned("potential", self, result, shape, f"the {name}")
+        if not bool(torch.isfinite(result).all()):
             raise ValueError(
-                f"t: got shape {tuple(t.shape)}, expected () or ({len(x)},): one time for all rows "
-                "of x or one for each"
+                f"x: the {name} of {type(self).__name__} is NaN or infinite here; use smaller "
+                "entries, finite parameters, or float64"
             )
-        if not bool(torch.isfinite(torch.as_tensor(t)).all()):
-            raise ValueError(f"t: got {t}, expected finite times")
-        return t
+        return result
 
     def _value(self, x: Tensor, t: Time | None, context: Tensor | None) -> Tensor:
-        raise NotImplementedError
+        raise self._missing("_value")
 
     def _gradient(self, x: Tensor, t: Time | None, context: Tensor | None) -> Tensor:
-        raise NotImplementedError
+        raise self._missing("_gradient")
 
     def _laplacian(self, x: Tensor, t: Time | None, context: Tensor | None) -> Tensor:
-        raise NotImplementedError
+        raise self._missing("_laplacian")
+
+    def _missing(self, method: str) -> NotImplementedError:
+        return NotImplementedError(
+            f"potential: {type(self).__name__} has no method {method}; write one, as "
+            "nflows_mongeampere.Potential explains"
+        )
 
     def _gradient_and_laplacian(
         self, x: Tensor, t: Time | None, context: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         return self._gradient(x, t, context), self._laplacian(x, t, context)
-
-
-def _describe(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
-    return repr(value)

@@ -142,3 +142,45 @@ def test_context_width(activation):
     x, context = torch.zeros(4, 3).double(), torch.zeros(4, 5).double()
     with pytest.raises(ValueError, match=r"^context: got shape \(4, 5\), expected \(4, 2\)"):
         potential(x, context=context)
+
+
+@pytest.mark.parametrize("method", ["forward", "gradient", "laplacian"])
+def test_what_is_not_written_is_named(method):
+    with pytest.raises(NotImplementedError, match=r"^potential: Potential has no method _"):
+        getattr(Potential(), method)(torch.zeros(2, 3))
+
+
+def test_rows_without_entries():
+    with pytest.raises(ValueError, match=r"^x: got shape .*expected an entry"):
+        Potential()(torch.zeros(2, 0))
+
+
+@pytest.mark.parametrize("kind", POTENTIALS)
+@pytest.mark.parametrize("method", ["forward", "gradient", "laplacian"])
+def test_nan_is_no_answer(kind, method):
+    potential = make_potential(kind, 3)
+    with torch.no_grad():
+        next(potential.parameters()).fill_(torch.nan)
+    with pytest.raises(ValueError, match=r"^x: the (value|gradient|laplacian) of .* is NaN"):
+        getattr(potential, method)(torch.zeros(2, 3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("kind", POTENTIALS)
+def test_tensors_made_in_inference_mode(kind):
+    potential = make_potential(kind, 3, context_features=2)
+    with torch.inference_mode():
+        x, context = torch.ones(2, 3).double(), torch.ones(2, 2).double()
+    potential(x, None, context).sum().backward()
+    for method in (potential, potential.gradient, potential.laplacian):
+        same = method(torch.ones(2, 3).double(), None, torch.ones(2, 2).double())
+        assert torch.equal(method(x, None, context), same)
+    assert MongeAmpereTransform(potential)(x, context)[1].requires_grad
+
+
+@pytest.mark.parametrize("broken", ["_gradient", "_laplacian"])
+@pytest.mark.parametrize("value", [None, torch.zeros(()), torch.zeros(4, 3, dtype=torch.int64)])
+def test_what_a_potential_must_return(broken, value):
+    potential = Harmonic()
+    setattr(potential, broken, lambda x, t, context: value)
+    with pytest.raises(ValueError, match=r"^potential: Harmonic returned .*(gradient|Laplacian)"):
+        MongeAmpereTransform(potential)(torch.zeros(4, 3))

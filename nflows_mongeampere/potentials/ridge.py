@@ -69,17 +69,24 @@ class RidgePotential(Potential):
         if context_features is not None:
             context_features = validation.integer("context_features", context_features)
         self.context_features = context_features
-        self.time_dependent = bool(time_dependent)
+        self.time_dependent = validation.boolean("time_dependent", time_dependent)
         self.activation = validation.choice("activation", activation, ACTIVATIONS)
+        bias = validation.boolean("bias", bias)
 
         def parameter(*shape: int, scale: float) -> nn.Parameter:
-            return nn.Parameter(scale * torch.randn(*shape))
+            try:
+                return nn.Parameter(scale * torch.randn(*shape))
+            except RuntimeError as error:
+                raise ValueError(
+                    f"hidden_features: a weight of shape {shape} does not fit into memory; use "
+                    f"fewer features, hidden_features or context_features ({error})"
+                ) from error
 
         hidden = self.hidden_features
         self.weight = parameter(hidden, self.features, scale=1 / math.sqrt(self.features))
         self.amplitude = nn.Parameter(torch.zeros(hidden))
         self.bias = parameter(hidden, scale=1.0) if bias else None
-        self.time_weight = parameter(hidden, scale=1.0) if time_dependent else None
+        self.time_weight = parameter(hidden, scale=1.0) if self.time_dependent else None
         self.context_weight = (
             None
             if context_features is None

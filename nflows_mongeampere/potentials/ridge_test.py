@@ -123,3 +123,8 @@ def test_bad_construction(arguments, error):
     name = next(iter(arguments))
     with pytest.raises(error, match=f"{name}: got"):
         RidgePotential(**{"features": 2, "hidden_features": 3} | arguments)
+
+
+def test_more_than_memory():
+    with pytest.raises(ValueError, match=r"^hidden_features: .* does not fit into memory"):
+        RidgePotential(2**31 - 1, 2**31 - 1)
