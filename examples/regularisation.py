@@ -25,8 +25,8 @@ from torch import Tensor
 
 from nflows_mongeampere import MongeAmpereFlow, transport_costs
 
-PENALTIES = (0.0, 1e-4, 1e-3, 1e-2)
-SHARPNESS = 3.0  # of the ridges at the start: the moons are thin
+PENALTIES = (0.0, 1e-3, 1e-2, 3e-2)
+SHARPNESS = 6.0  # of the ridges at the start: the moons are thin
 TOLERANCE = 0.01
 FINE_STEPS = 64
 console = Console()
@@ -42,7 +42,7 @@ def moons(count: int, seed: int) -> Tensor:
 def train(penalty: float, iterations: int, seed: int) -> MongeAmpereFlow:
     """A flow that has seen as many batches as any other."""
     torch.manual_seed(seed)
-    flow = MongeAmpereFlow(2, 64, time_dependent=True, time=1.0, steps=8)
+    flow = MongeAmpereFlow(2, 128, time_dependent=True, time=1.0, steps=8)
     with torch.no_grad():
         flow._transform.potential.weight.mul_(SHARPNESS)
     optimizer = torch.optim.Adam(flow.parameters(), lr=1e-2)

@@ -80,7 +80,8 @@ class DirectDynamics(Dynamics):
 
     def __call__(self, t: float | Tensor, state: Tensor) -> Tensor:
         x = self._points(state)
-        gradient, laplacian = self._check(*self._field(x, t, self._context), x)
+        gradient, laplacian = self._field(x, t, self._context)
+        gradient, laplacian = self._check(gradient, laplacian, x)
         velocity = gradient.flatten(1)
         if not self._costs:
             return torch.cat([velocity, laplacian[:, None]], dim=1)

@@ -230,6 +230,7 @@ class Transport(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         """Take up the steps of a ``state_dict`` where they were chosen by a tolerance."""
         valid = isinstance(state, Tensor) and state.is_floating_point() and state.shape == (2,)
+        valid = valid and state.layout == torch.strided
         numbers = state.tolist() if valid and not state.is_meta else [math.nan]
         if not all(map(math.isfinite, numbers)) or numbers[1] < 0:
             raise ValueError(

@@ -510,6 +510,7 @@ def test_steps_may_be_set():
         torch.tensor([8, 0]),
         torch.tensor([math.nan, 1.0]),
         torch.tensor([8.0, -1.0]),
+        torch.tensor([8.0, 1.0]).to_sparse(),
         torch.zeros(2, device="meta"),
     ],
     ids=repr,
