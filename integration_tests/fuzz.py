@@ -449,7 +449,8 @@ def _settings(rng: random.Random) -> dict[str, Any]:
         sensitivities += ["adjoint", "interpolated_adjoint"]
     # the search of implicit Euler for a root may take 2,000 evaluations a step
     steps = 1 if solver == "ieuler" else rng.choice([1, 3])
-    return {"solver": solver, "sensitivity": rng.choice(sensitivities), "steps": steps}
+    sensitivity = rng.choice(sensitivities)
+    return {"solver": solver, "sensitivity": sensitivity, "steps": steps, "max_steps": 100}
 
 
 def _transform(rng: random.Random, **settings: Any) -> tuple[Any, Tensor, Tensor | None]:
