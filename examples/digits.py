@@ -323,10 +323,10 @@ def draw(flows: dict[str, Flow], digits: Digits, path: Path) -> float:
     right.suptitle(f"{FLOWS[0].name}: digits into noise and back")
     draw_rows(left, samples)
     draw_rows(right, path_images)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".png", delete=False) as file:
-        figure.savefig(file, dpi=110)
+    partial = path.with_suffix(".partial.png")
+    figure.savefig(partial, dpi=110)
     plt.close(figure)
-    Path(file.name).replace(path)
+    partial.replace(path)
     return error
 
 
