@@ -158,7 +158,7 @@ class ReducedDynamics(Dynamics):
         self._curvature = amplitude * weight.square().sum(1)
         self._time_weight = None if time_weight is None else time_weight[:, None]
         self._activation = activation
-        self.state = inputs.new_zeros(len(weight) + 1, len(inputs))
+        self.state = inputs.new_zeros(self._state_rows, len(inputs))
         self.parameters = (self._h0, self._gram, self._amplitude, self._curvature)
         if self._time_weight is not None:
             self.parameters += (self._time_weight,)
@@ -171,6 +171,10 @@ class ReducedDynamics(Dynamics):
     def outputs(self, state: Tensor) -> tuple[Tensor, Tensor]:
         displacement = state[: len(self._weight)].T @ self._weight
         return self._inputs + displacement.view_as(self._inputs), self._integrals(state)[0].clone()
+
+    @property
+    def _state_rows(self) -> int:
+        return len(self._weight) + 1
 
     def _slopes(self, t: float | Tensor, g: Tensor) -> Tensor:
         r""":math:`\sigma'(h)` where :math:`g = Gs`."""
@@ -195,18 +199,6 @@ class ReducedCostDynamics(ReducedDynamics):
     The state is :math:`[s \mid g \mid \ell \mid E \mid R]`, shape (2H + 3, B).
     """
 
-    def __init__(
-        self,
-        inputs: Tensor,
-        weight: Tensor,
-        offset: Tensor,
-        amplitude: Tensor,
-        time_weight: Tensor | None,
-        activation: Activation,
-    ) -> None:
-        super().__init__(inputs, weight, offset, amplitude, time_weight, activation)
-        self.state = inputs.new_zeros(2 * len(weight) + 3, len(inputs))
-
     def __call__(self, t: float | Tensor, state: Tensor) -> Tensor:
         hidden = len(self._weight)
         p = self._slopes(t, state[hidden : 2 * hidden])
@@ -223,6 +215,10 @@ class ReducedCostDynamics(ReducedDynamics):
     def costs(self, state: Tensor) -> tuple[Tensor, Tensor]:
         return state[-2].clone(), state[-1].clone()
 
+    @property
+    def _state_rows(self) -> int:
+        return 2 * len(self._weight) + 3
+
     def _integrals(self, state: Tensor) -> Tensor:
         return state[2 * len(self._weight) :]
 
@@ -238,8 +234,8 @@ def _gram_product(gram: Tensor, s: Tensor) -> Tensor:
 class _ConvolutionProduct(torch.autograd.Function):
     """A product with a symmetric matrix, as a convolution with a kernel of one point.
 
-    PyTorch gives matrix products to MKL and convolutions to oneDNN. On CPUs that are not Intel's
-    MKL leaves half of the arithmetic units idle; oneDNN does not, and is as fast elsewhere.
+    PyTorch gives matrix products to MKL and, with two threads or more, convolutions to oneDNN. On
+    AMD processors oneDNN takes half the time (docs/results/speed.md).
     """
 
     generate_vmap_rule = True
