@@ -28,7 +28,7 @@ def boolean(name: str, value: object) -> bool:
 def integer(name: str, value: object, *, minimum: int = 1) -> int:
     """Return ``value`` if it is an integer that is at least ``minimum``."""
     try:
-        if isinstance(value, bool):
+        if isinstance(value, (bool, np.bool_)):
             raise TypeError
         number = operator.index(value)  # type: ignore[arg-type]
     except (TypeError, RuntimeError) as error:  # the latter from tensors without data

@@ -175,3 +175,9 @@ def test_returned(value):
     assert validation.returned("module", [], good, shape, "one for each") is good
     with pytest.raises(ValueError, match=r"^module: list returned .* shape \(3,\): one for each"):
         validation.returned("module", [], value, shape, "one for each")
+
+
+@pytest.mark.parametrize("value", [True, np.bool_(True), np.bool_(False)], ids=repr)
+def test_booleans_are_no_integers(value):
+    with pytest.raises(TypeError, match=r"^steps: got .* expected an integer"):
+        validation.integer("steps", value)
