@@ -24,7 +24,7 @@ test-versions: $(READY) $(OLDEST)/ready ## run the tests with the oldest and the
 	$(BIN)/python -c $(VERSIONS)
 	$(BIN)/python -m pytest
 
-mutants: $(READY) ## break the equations of motion line by line and see the tests notice (5 minutes)
+mutants: $(READY) ## break the equations of motion line by line and see the tests notice (10 minutes)
 	rm -rf mutants
 	OMP_NUM_THREADS=1 $(BIN)/mutmut run --max-children 1
 	$(BIN)/mutmut results

@@ -159,7 +159,7 @@ class Integrator:
         stepper = _Stepper(solver, dynamics, recompute=self.sensitivity == "recompute")
         states = [stepper.start(times[0])]
         for start, stop in itertools.pairwise(times):
-            if solver.stepping_class == "adaptive":
+            if self.adaptive:
                 states.append(self._adaptive(solver, stepper, states[-1], start, stop))
             else:
                 states.append(self._fixed(stepper, states[-1], start, stop, duration))
@@ -240,7 +240,7 @@ class Integrator:
         self, solver: Solver, dynamics: Dynamics, times: Sequence[float], duration: float
     ) -> list[Tensor]:
         problem_class = _import_ode_problem()
-        adaptive = solver.stepping_class == "adaptive"
+        adaptive = self.adaptive
         # torchdyn warns of tolerances that are not its defaults where the solver ignores them
         tolerances = (self.atol, self.rtol) if adaptive else (1e-3, 1e-3)
         sign = 1.0 if times[1] > times[0] else -1.0
