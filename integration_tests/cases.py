@@ -13,7 +13,13 @@ from nflows.distributions import StandardNormal
 from nflows.flows import Flow
 from torch import Tensor, nn
 
-from nflows_mongeampere import AutogradPotential, MongeAmpereTransform, Potential, RidgePotential
+from nflows_mongeampere import (
+    AutogradPotential,
+    ConvolutionalPotential,
+    MongeAmpereTransform,
+    Potential,
+    RidgePotential,
+)
 from nflows_mongeampere.normflows import MongeAmpere
 
 ACTIVATIONS = {"softplus": nn.functional.softplus, "logcosh": lambda h: h.cosh().log()}
@@ -69,6 +75,14 @@ def _ridge(features: int, hidden: int, **keywords: Any) -> Callable[[str], Poten
     return lambda activation: RidgePotential(features, hidden, activation=activation, **keywords)
 
 
+def _convolutional(
+    shape: tuple[int, ...], kernels: int, **keywords: Any
+) -> Callable[[str], Potential]:
+    return lambda activation: ConvolutionalPotential(
+        shape, kernels, activation=activation, **keywords
+    )
+
+
 # With these batches few ridges in many dimensions move in reduced coordinates, the others in x.
 POTENTIALS = {
     "reduced": Example(_ridge(6, 2), (6,)),
@@ -79,6 +93,7 @@ POTENTIALS = {
     "direct-everything": Example(
         _ridge(4, 9, time_dependent=True, context_features=2), (1, 2, 2), 2
     ),
+    "convolutional": Example(_convolutional((2, 1, 3), 2, kernel_size=3), (2, 1, 3)),
     "network": Example(lambda a: AutogradPotential(Network(3, a)), (3,)),
     "network-everything": Example(
         lambda a: AutogradPotential(ConditionalNetwork(4, a)), (1, 2, 2), 1
@@ -122,7 +137,7 @@ class Case:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             potential = POTENTIALS[self.potential].build(self.activation).double()
-            if isinstance(potential, RidgePotential):
+            if not isinstance(potential, AutogradPotential):
                 nn.init.normal_(potential.amplitude, std=0.5)
         return potential
 

@@ -3,14 +3,20 @@
 from nflows_mongeampere.accuracy import AccuracyWarning, ErrorEstimate, StepChoice
 from nflows_mongeampere.flow import MongeAmpereFlow
 from nflows_mongeampere.integration import IntegrationError, Integrator
-from nflows_mongeampere.potentials import AutogradPotential, Potential, RidgePotential
+from nflows_mongeampere.potentials import (
+    AutogradPotential,
+    ConvolutionalPotential,
+    Potential,
+    RidgePotential,
+)
 from nflows_mongeampere.transform import MongeAmpereTransform
-from nflows_mongeampere.transport import Trajectory, TransportCosts, transport_costs
+from nflows_mongeampere.transport import Trajectory, TransportCosts, refined, transport_costs
 from nflows_mongeampere.version import __version__
 
 __all__ = [
     "AccuracyWarning",
     "AutogradPotential",
+    "ConvolutionalPotential",
     "ErrorEstimate",
     "IntegrationError",
     "Integrator",
@@ -22,5 +28,6 @@ __all__ = [
     "Trajectory",
     "TransportCosts",
     "__version__",
+    "refined",
     "transport_costs",
 ]

@@ -19,7 +19,7 @@ from safetensors.torch import save as serialize
 from torch import nn
 
 from nflows_mongeampere.flow import MongeAmpereFlow
-from nflows_mongeampere.potentials import RidgePotential
+from nflows_mongeampere.potentials import ConvolutionalPotential, RidgePotential
 from nflows_mongeampere.transform import MongeAmpereTransform
 from nflows_mongeampere.transport import Transport
 from nflows_mongeampere.version import __version__
@@ -62,12 +62,7 @@ def save(flow: nn.Module, path: str | Path) -> None:
     }
     # clones, because safetensors refuses tensors that share memory
     tensors = {name: t.detach().cpu().clone() for name, t in flow.state_dict().items()}
-    partial = target.with_name(target.name + ".partial")
-    try:
-        partial.write_bytes(serialize(tensors, metadata))
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    write(target, serialize(tensors, metadata))
 
 
 def load(path: str | Path) -> nn.Module:
@@ -117,6 +112,22 @@ def load(path: str | Path) -> nn.Module:
             f"path: the description and the tensors in {target} do not fit together: {error}"
         ) from error
     return flow
+
+
+def write(path: str | Path, content: str | bytes) -> None:
+    """Write a file whole or not at all, whatever happens meanwhile.
+
+    Args:
+        path: where to; an existing file is replaced.
+        content: text, in UTF-8, or bytes.
+    """
+    target = Path(path)
+    partial = target.with_name(target.name + ".partial")
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _path(path: object) -> Path:
@@ -197,6 +208,15 @@ def _ridge(p: RidgePotential) -> Arguments:
     }
 
 
+def _convolutional(p: ConvolutionalPotential) -> Arguments:
+    return {
+        "shape": list(p.shape),
+        "kernels": p.kernels,
+        "kernel_size": p.kernel_size,
+        "activation": p.activation,
+    }
+
+
 def _flow(f: flows.Flow) -> Arguments:
     embedding = None if isinstance(f._embedding_net, nn.Identity) else f._embedding_net
     return {
@@ -235,6 +255,7 @@ KNOWN: dict[str, tuple[type, Callable[[Any], Arguments]]] = {
     cls.__name__: (cls, arguments)
     for cls, arguments in (
         (RidgePotential, _ridge),
+        (ConvolutionalPotential, _convolutional),
         (MongeAmpereTransform, lambda t: {"potential": t.potential, **_transport(t)}),
         (MongeAmpereFlow, _monge_ampere_flow),
         (flows.Flow, _flow),

@@ -92,21 +92,65 @@ def transport_costs(model: nn.Module) -> Iterator[TransportCosts]:
         ...     nll = -flow.log_prob(torch.randn(8, 2)).mean()
         >>> loss = nll + 0.01 * costs.kinetic.mean() + 0.01 * costs.roughness.mean()
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
-    transports = [module for module in model.modules() if isinstance(module, Transport)]
-    if not transports:
+    flows = transports(model)
+    if not flows:
         raise ValueError(
             f"model: got {type(model).__name__}, in which no Monge-Ampère flow is found"
         )
     costs = TransportCosts()
-    for transport in transports:
+    for transport in flows:
         transport._costs = costs
     try:
         yield costs
     finally:
-        for transport in transports:
+        for transport in flows:
             transport._costs = None
+
+
+def transports(model: nn.Module) -> list[Transport]:
+    """Every Monge-Ampère flow in ``model``, of either face."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
+    return [module for module in model.modules() if isinstance(module, Transport)]
+
+
+@contextmanager
+def refined(model: nn.Module, factor: int = 2) -> Iterator[None]:
+    """Evaluate every Monge-Ampère flow in ``model`` with more steps, for a while.
+
+    Where the figures of a model change, they were figures of the solver.
+
+    Args:
+        model: a flow, or anything that contains some.
+        factor: how many times the steps; the tolerances of an adaptive solver become as many times
+            smaller, squared.
+
+    Raises:
+        TypeError: if ``model`` is no module, or ``factor`` no integer.
+        ValueError: if ``factor`` is below 1.
+
+    Example:
+        >>> import torch
+        >>> from nflows_mongeampere import MongeAmpereFlow, refined
+        >>> flow, x = MongeAmpereFlow(2, 16), torch.randn(8, 2)
+        >>> with refined(flow):
+        ...     change = flow.log_prob(x) - flow.log_prob(x)
+    """
+    factor = validation.integer("factor", factor)
+    flows = transports(model)
+    before = [transport.integrator for transport in flows]
+    for transport in flows:
+        transport.integrator = replace(
+            transport.integrator,
+            steps=factor * transport.steps,
+            atol=transport.integrator.atol / factor**2,
+            rtol=transport.integrator.rtol / factor**2,
+        )
+    try:
+        yield
+    finally:
+        for transport, integrator in zip(flows, before, strict=True):
+            transport.integrator = integrator
 
 
 class Transport(nn.Module):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from numbers import Real
 
 import numpy as np
@@ -42,6 +42,16 @@ def integer(name: str, value: object, *, minimum: int = 1) -> int:
             f"{name}: got a number of {number.bit_length()} bits, expected at most {LARGEST}"
         )
     return number
+
+
+def shape(name: str, value: object, dimensions: int) -> tuple[int, ...]:
+    """Return ``value`` as a tuple if it is the shape of a tensor of so many dimensions."""
+    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != dimensions:
+        raise TypeError(f"{name}: got {value!r}, expected {dimensions} integers >= 1")
+    sizes = tuple(integer(f"{name}[{i}]", size) for i, size in enumerate(value))
+    if math.prod(sizes) > LARGEST:
+        raise ValueError(f"{name}: got {sizes}, expected at most {LARGEST} entries")
+    return sizes
 
 
 def positive(name: str, value: object) -> float:

@@ -2,6 +2,7 @@
 
 from nflows_mongeampere.potentials.autograd import AutogradPotential
 from nflows_mongeampere.potentials.base import Potential
+from nflows_mongeampere.potentials.convolutional import ConvolutionalPotential
 from nflows_mongeampere.potentials.ridge import RidgePotential
 
-__all__ = ["AutogradPotential", "Potential", "RidgePotential"]
+__all__ = ["AutogradPotential", "ConvolutionalPotential", "Potential", "RidgePotential"]

@@ -1,0 +1,213 @@
+"""What the image examples share: pixels, transforms of nflows set from data, pictures."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import struct
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.figure import Figure, SubFigure
+from nflows.transforms import (
+    Logit,
+    LULinear,
+    PiecewiseLinearCDF,
+    PointwiseAffineTransform,
+    Transform,
+)
+from torch import Tensor
+
+from nflows_mongeampere.files import write
+
+MNIST_FILES = ("train-images-idx3-ubyte", "t10k-images-idx3-ubyte")
+
+
+@dataclass(frozen=True)
+class Images:
+    """Grey levels as rows of integers, in three parts."""
+
+    train: Tensor
+    validation: Tensor
+    test: Tensor
+
+
+def load_mnist(folder: Path | None) -> Images:
+    """MNIST, split 50,000 : 10,000 : 10,000.
+
+    Args:
+        folder: where the IDX files are, gzipped or not; None to download them with torchvision.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if one is damaged.
+        OSError: if they cannot be downloaded.
+    """
+    if folder is None:
+        folder = _download()
+    train, test = (_read_idx(_find(folder, name)) for name in MNIST_FILES)
+    if len(train) != 60_000 or len(test) != 10_000:
+        raise ValueError(
+            f"--data-dir: got {len(train)} and {len(test)} images in {folder}, expected MNIST's "
+            "60000 and 10000"
+        )
+    return Images(train[:50_000], train[50_000:], test)
+
+
+def _download() -> Path:
+    from torchvision.datasets import MNIST  # imports slowly, and only here is it needed
+
+    root = Path(torch.hub.get_dir()).parent / "nflows-mongeampere"
+    try:
+        MNIST(root, download=True)
+    except (RuntimeError, OSError) as error:
+        raise OSError(
+            f"--data-dir: MNIST could not be downloaded ({error}); get {', '.join(MNIST_FILES)} "
+            "by other means and name their folder"
+        ) from error
+    return root / "MNIST" / "raw"
+
+
+def _find(folder: Path, name: str) -> Path:
+    for candidate in (folder / name, folder / f"{name}.gz"):
+        if candidate.is_file():
+            return candidate
+    raise FileNotFoundError(
+        f"--data-dir: there is no {name} or {name}.gz in {folder}; give the folder that holds "
+        "MNIST's IDX files, or leave the option out to download them"
+    )
+
+
+def _read_idx(path: Path) -> Tensor:
+    """The images of an IDX file, shape (N, 784)."""
+    try:
+        content = path.read_bytes()
+        if path.suffix == ".gz":
+            content = gzip.GzipFile(fileobj=BytesIO(content)).read()
+        magic, count, height, width = struct.unpack(">4i", content[:16])
+    except (gzip.BadGzipFile, EOFError, struct.error, ArithmeticError) as error:
+        raise ValueError(f"--data-dir: {path} is damaged ({error}); fetch it again") from error
+    except Exception as error:
+        if isinstance(error, OSError):
+            raise
+        raise ValueError(f"--data-dir: {path} is damaged ({error}); fetch it again") from error
+    if magic != 0x803 or (height, width) != (28, 28) or len(content) != 16 + count * 784:
+        raise ValueError(
+            f"--data-dir: {path} is damaged: got {len(content)} bytes with the header "
+            f"({magic:#x}, {count}, {height}, {width}), expected 16 + 784 for each of its images "
+            "and (0x803, N, 28, 28); fetch it again"
+        )
+    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=16).reshape(count, 784).copy())
+
+
+def dequantise(levels: Tensor, generator: torch.Generator, number: int) -> Tensor:
+    """Spread each of ``number`` grey levels over an interval of [0, 1): densities bound masses."""
+    noise = torch.rand(levels.shape, generator=generator)
+    return (levels + noise) / number
+
+
+def pixels_to_logits(margin: float) -> list[Transform]:
+    r"""nflows' map of [0, 1] to the real line, :math:`x \mapsto` logit(α + (1 - 2α) x)."""
+    return [PointwiseAffineTransform(margin, 1 - 2 * margin), Logit(eps=margin / 2)]
+
+
+class NormalQuantile(Transform):
+    r"""From [0, 1] to the real line, :math:`y = \Phi^{-1}(x)`: what is uniform becomes normal."""
+
+    def __init__(self, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        outputs = torch.special.ndtri(inputs.clamp(self.eps, 1 - self.eps))
+        return outputs, -self._log_normal(outputs)
+
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return torch.special.ndtr(inputs), self._log_normal(inputs)
+
+    def _log_normal(self, y: Tensor) -> Tensor:
+        return (-0.5 * (y * y + math.log(2 * math.pi))).flatten(1).sum(1)
+
+
+class Marginals(PiecewiseLinearCDF):
+    """nflows' piecewise linear distribution function of each pixel, set to the data's histogram.
+
+    nflows computes the tables anew for each image of a batch; here they are computed once.
+
+    Args:
+        levels: the training images, integers from 0 to ``number - 1``, shape (N, D).
+        number: of grey levels.
+        prior: images of which every grey level is given, spread evenly over the pixels' levels.
+    """
+
+    def __init__(self, levels: Tensor, number: int, prior: float = 0.01) -> None:
+        super().__init__(levels.shape[1:], number)
+        counts = torch.stack([row.bincount(minlength=number) for row in levels.T.int()])
+        self.unnormalized_pdf.data = (counts.double() + prior).log().to(self.unnormalized_pdf.dtype)
+        self.unnormalized_pdf.requires_grad_(False)
+
+    def _spline(self, inputs: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
+        pixels, number = self.unnormalized_pdf.shape
+        mass = self.unnormalized_pdf.double().softmax(1)
+        below = (mass.cumsum(1) - mass).to(inputs.dtype)
+        mass = mass.to(inputs.dtype)
+        if inverse:
+            bins = torch.searchsorted(below, inputs.T.contiguous(), right=True).T - 1
+        else:
+            bins = (inputs * number).floor().long().clamp(0, number - 1)
+        column = torch.arange(pixels, device=inputs.device).expand_as(bins)
+        mass, below = mass[column, bins], below[column, bins]
+        logabsdet = (mass * number).log().sum(1)
+        if inverse:
+            inside = ((inputs - below) / mass).clamp(0, 1)
+            return (bins + inside) / number, -logabsdet
+        return below + mass * (inputs * number - bins), logabsdet
+
+
+def whitening(points: Tensor) -> LULinear:
+    r"""A linear transform of nflows, set to :math:`\Sigma^{-1/2} (y - \mu)` of the data (ZCA)."""
+    linear = LULinear(points.shape[1])
+    points = points.double()
+    values, vectors = torch.linalg.eigh(torch.cov(points.T))
+    matrix = vectors @ torch.diag(values.rsqrt()) @ vectors.T
+    factor = torch.linalg.cholesky(matrix)
+    scale = factor.diagonal()
+    lower, upper = factor / scale, scale[:, None] * factor.T
+    with torch.no_grad():
+        linear.lower_entries.copy_(lower[linear.lower_indices])
+        linear.upper_entries.copy_(upper[linear.upper_indices])
+        linear.unconstrained_upper_diag.copy_((upper.diagonal() - linear.eps).expm1().log())
+        linear.bias.copy_(-matrix @ points.mean(0))
+    return linear
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a picture whole or not at all."""
+    picture = BytesIO()
+    figure.savefig(picture, dpi=110, format="png")
+    plt.close(figure)
+    write(path, picture.getvalue())
+
+
+def mosaic(images: Tensor, side: int, columns: int) -> Tensor:
+    """Flattened images, side by side in rows."""
+    rows = images.reshape(-1, columns, side, side)
+    return rows.movedim(2, 1).reshape(len(rows) * side, columns * side)
+
+
+def draw_rows(
+    figure: Figure | SubFigure, rows: dict[str, Tensor], side: int, greys: dict[str, Any]
+) -> None:
+    """One row of images for each entry, labelled; coloured where values take both signs."""
+    axes: Any = figure.subplots(len(rows), 1, squeeze=False)
+    for (label, images), axis in zip(rows.items(), axes[:, 0], strict=True):
+        signed = bool((images < -1).any())
+        style = {"cmap": "RdBu_r", "vmin": -3, "vmax": 3} if signed else greys
+        axis.imshow(mosaic(images, side, len(images)), **style)
+        axis.set(xticks=[], yticks=[])
+        axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)

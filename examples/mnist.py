@@ -1,0 +1,452 @@
+"""Density estimation of MNIST with Monge-Ampère flows, and with flows of nflows beside them.
+
+    python examples/mnist.py --preset fast --data-dir DIR --out runs/fast --minutes 10 --seed 0
+
+An interrupted run is taken up by the same command. All figures are nats of the dequantised images
+in logit space, y = logit(α + (1 - 2α) x) with α = 1e-6, as they were published.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import typer
+from images import (
+    Images,
+    Marginals,
+    NormalQuantile,
+    dequantise,
+    draw_rows,
+    load_mnist,
+    mosaic,
+    pixels_to_logits,
+    save_figure,
+    whitening,
+)
+from nflows.distributions import StandardNormal
+from nflows.flows import Flow, MaskedAutoregressiveFlow, SimpleRealNVP
+from nflows.nn.nets import ResidualNet
+from nflows.transforms import (
+    CompositeTransform,
+    LULinear,
+    PiecewiseRationalQuadraticCouplingTransform,
+    RandomPermutation,
+    Transform,
+)
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from nflows_mongeampere import (
+    ConvolutionalPotential,
+    MongeAmpereTransform,
+    RidgePotential,
+    refined,
+)
+from nflows_mongeampere.files import write
+from nflows_mongeampere.training import (
+    DivergenceError,
+    EndlessBatches,
+    History,
+    MaximumLikelihood,
+    SolverGuard,
+    endless,
+    fit,
+)
+from nflows_mongeampere.transport import transports
+
+SIDE, LEVELS, MARGIN = 28, 256, 1e-6
+FEATURES = SIDE * SIDE
+GREYS = {"cmap": "gray_r", "vmin": 0, "vmax": 1}
+PUBLISHED = {  # test set, logit space, arXiv:1809.10188, table 1
+    "MADE": 1380.8,
+    "RealNVP": 1323.2,
+    "MAF": 1300.5,
+    "Monge-Ampère": 1255.5,
+    "MADE MoG": 1038.5,
+}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A flow, with the settings of its training.
+
+    Attributes:
+        build: makes the flow from the training images; it takes pixels in [0, 1).
+        learning_rate: the highest, of Adam.
+        batch_size: images.
+        chapter: steps between two validations.
+        weight_decay: as Adam has it.
+        anneal: whether the learning rate falls to zero with the budget.
+        clip: largest norm of the gradient.
+        solver_tolerance: nats, above which training doubles the solver's steps.
+        linear_rate: learning rate of linear transforms, relative to the rest.
+    """
+
+    build: Callable[[Tensor], list[Transform]]
+    learning_rate: float
+    batch_size: int = 100
+    chapter: int = 100
+    weight_decay: float = 0.0
+    anneal: bool = True
+    clip: float | None = 200.0
+    solver_tolerance: float = 0.5
+    linear_rate: float = 1.0
+
+
+def paper(levels: Tensor) -> list[Transform]:
+    """The published flow: one potential, on raw logits."""
+    potential = RidgePotential(FEATURES, 1024)
+    return [*pixels_to_logits(MARGIN), MongeAmpereTransform(potential, time=10.0, steps=100)]
+
+
+def behind_whitening(flow: Callable[[], Transform], levels: Tensor) -> list[Transform]:
+    """Logits, whitened by a linear transform of nflows that is set from the data."""
+    before = pixels_to_logits(MARGIN)
+    return [*before, whitening(images_through(before, levels)), flow()]
+
+
+def fast() -> Transform:
+    """The published potential; its ridges start along the whitened pixels."""
+    potential = RidgePotential(FEATURES, 1024)
+    with torch.no_grad():
+        potential.weight[:FEATURES] = torch.eye(FEATURES)
+    return MongeAmpereTransform(potential, time=2.0, steps=3)
+
+
+def stacked(levels: Tensor) -> list[Transform]:
+    """Marginals made normal, then potentials of neighbouring pixels, then a linear transform."""
+    before = [Marginals(levels, LEVELS), NormalQuantile()]
+    flows = [
+        MongeAmpereTransform(ConvolutionalPotential((1, SIDE, SIDE), 16), steps=2)
+        for _ in range(2)
+    ]
+    return [*before, *flows, whitening(images_through(before, levels))]
+
+
+def realnvp() -> Transform:
+    return SimpleRealNVP(FEATURES, 512, 5, 2)._transform
+
+
+def maf() -> Transform:
+    return MaskedAutoregressiveFlow(FEATURES, 512, 5, 2)._transform
+
+
+def spline() -> Transform:
+    """Rational-quadratic coupling layers."""
+    layers: list[Transform] = []
+    for i in range(5):
+        mask = torch.arange(FEATURES) % 2 == i % 2
+        layers += [
+            RandomPermutation(FEATURES),
+            PiecewiseRationalQuadraticCouplingTransform(
+                mask.int(),
+                lambda inputs, outputs: ResidualNet(inputs, outputs, 256, num_blocks=2),
+                num_bins=8,
+                tails="linear",
+                tail_bound=5.0,
+            ),
+        ]
+    return CompositeTransform(layers)
+
+
+PRESETS = {
+    "paper": Preset(
+        paper, 1e-3, chapter=500, weight_decay=1e-3, anneal=False, clip=None, solver_tolerance=5.0
+    ),
+    "fast": Preset(partial(behind_whitening, fast), 6e-3, batch_size=200, chapter=200, linear_rate=0.02),
+    "stacked": Preset(stacked, 2e-2, chapter=200, linear_rate=0.02),
+    "realnvp": Preset(partial(behind_whitening, realnvp), 5e-4, linear_rate=0.1),
+    "maf": Preset(partial(behind_whitening, maf), 5e-4, linear_rate=0.1),
+    "spline": Preset(partial(behind_whitening, spline), 5e-4, linear_rate=0.1),
+}
+
+
+def images_through(before: list[Transform], levels: Tensor) -> Tensor:
+    """The training images behind the first transforms, dequantised."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = dequantise(levels, generator, LEVELS)
+    with torch.no_grad():
+        parts = [CompositeTransform(before)(part)[0] for part in pixels.split(5000)]
+    return torch.cat(parts)
+
+
+def make_optimizer(preset: Preset, flow: nn.Module) -> torch.optim.Optimizer:
+    """Adam, with a learning rate of their own for linear transforms."""
+    layers = [module for module in flow.modules() if isinstance(module, LULinear)]
+    linear = [parameter for layer in layers for parameter in layer.parameters()]
+    known = set(map(id, linear))
+    rest = [p for p in flow.parameters() if p.requires_grad and id(p) not in known]
+    groups = [
+        {"params": rest, "lr": preset.learning_rate},
+        {"params": linear, "lr": preset.learning_rate * preset.linear_rate},
+    ]
+    return torch.optim.Adam(
+        [group for group in groups if group["params"]],
+        weight_decay=preset.weight_decay,
+        betas=(0.9, 0.99) if preset.anneal else (0.9, 0.999),
+    )
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a run ends with; losses in nats of the test images in logit space.
+
+    Attributes:
+        parameters: how many are trained.
+        minutes: of training, validation included.
+        steps: of the optimiser, up to the checkpoint that the validation set chose.
+        nll: mean over the test images and the draws of dequantisation noise.
+        nll_se: its standard error over the images.
+        nll_draws: the mean of each draw.
+        bits_per_dim: the same loss in bits per pixel.
+        solver_steps: of each Monge-Ampère transform, for ``nll``.
+        nll_double_steps: the same loss at twice these steps; None for other flows.
+        reconstruction_error: largest error of pixels sent into noise and back, in grey levels.
+    """
+
+    preset: str
+    seed: int
+    parameters: int
+    minutes: float
+    steps: int
+    nll: float
+    nll_se: float
+    nll_draws: list[float]
+    bits_per_dim: float
+    solver_steps: list[int]
+    nll_double_steps: float | None
+    reconstruction_error: float
+    command: str
+
+
+@torch.no_grad()
+def losses(flow: Flow, levels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """For each image the loss in logit space, and that of the pixels in [0, 1)."""
+    pixels = dequantise(levels, torch.Generator().manual_seed(seed), LEVELS)
+    to_logits = CompositeTransform(pixels_to_logits(MARGIN))
+    in_logits, in_pixels = [], []
+    for part in pixels.split(100):
+        loss = -flow.log_prob(part)
+        in_pixels.append(loss)
+        in_logits.append(loss + to_logits(part)[1])
+    return torch.cat(in_logits), torch.cat(in_pixels)
+
+
+@torch.no_grad()
+def settle_solver(flow: Flow, levels: Tensor) -> None:
+    """Double the solver's steps until that changes the mean loss of these images no more."""
+    while transports(flow):
+        coarse = losses(flow, levels, 1)[0].mean()
+        with refined(flow):
+            change = float((losses(flow, levels, 1)[0].mean() - coarse).abs())
+        if change < 0.02:
+            return
+        for transport in transports(flow):
+            transport.steps *= 2
+
+
+def evaluate(flow: Flow, images: Images, draws: int) -> dict[str, Any]:
+    """The test loss, at solver steps that the validation images choose."""
+    settle_solver(flow, images.validation[:2000])
+    in_logits, in_pixels = map(
+        torch.stack, zip(*(losses(flow, images.test, seed) for seed in range(draws)), strict=True)
+    )
+    double = None
+    if transports(flow):
+        with refined(flow):
+            double = losses(flow, images.test, 0)[0].mean().item()
+        # the same draw of the noise at both
+        double += (in_logits.mean() - in_logits[0].mean()).item()
+    nll = in_logits.mean().item()
+    return {
+        "nll": nll,
+        "nll_se": (in_logits.mean(0).std() / math.sqrt(len(images.test))).item(),
+        "nll_draws": in_logits.mean(1).tolist(),
+        "bits_per_dim": (in_pixels.mean().item() / FEATURES + math.log(LEVELS)) / math.log(2),
+        "solver_steps": [transport.steps for transport in transports(flow)],
+        "nll_double_steps": double,
+    }
+
+
+@torch.no_grad()
+def draw_samples(flow: Flow, seed: int, folder: Path) -> None:
+    """64 samples, as a picture and as an array for comparisons."""
+    torch.manual_seed(seed)
+    pixels = flow.sample(64).clamp(0, 1)
+    figure, axes = plt.subplots(figsize=(6, 6), layout="constrained")
+    axes.imshow(mosaic(pixels, SIDE, 8), **GREYS)
+    axes.set_axis_off()
+    save_figure(figure, folder / "samples.png")
+    np.save(folder / "samples.npy", (pixels * 255).round().byte().numpy())
+
+
+@torch.no_grad()
+def draw_path(flow: Flow, images: Images, folder: Path) -> float:
+    """Digits into noise and back, transform by transform; returns the error, in grey levels."""
+    originals = dequantise(images.test[:10], torch.Generator().manual_seed(0), LEVELS)
+    rows, points = {"digits": originals}, originals
+    stages = list(flow._transform._transforms)
+    for stage in stages:
+        points, _ = stage(points)
+        rows[type(stage).__name__ + " " * len(rows)] = points
+    for stage in reversed(stages):
+        points, _ = stage.inverse(points)
+    error = float((points - originals).abs().max()) * LEVELS
+    rows[f"restored to\n{error:.1g} grey levels"] = points
+    figure = plt.figure(figsize=(9, 0.8 * len(rows)), layout="constrained")
+    draw_rows(figure, rows, SIDE, GREYS)
+    save_figure(figure, folder / "path.png")
+    return error
+
+
+def draw_learning(history: History, name: str, offset: float, folder: Path) -> None:
+    """The loss against the steps, with the published levels."""
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    steps = [row["step"] for row in history.rows]
+    for key in ("train", "validation"):
+        axes.plot(steps, [row[key] + offset for row in history.rows], label=f"{name}, {key}")
+    top = max(row["validation"] + offset for row in history.rows)
+    for label, level in PUBLISHED.items():
+        axes.axhline(level, color="grey", linewidth=0.7, linestyle=":")
+        axes.text(steps[-1], level, f"{label}, published", fontsize=7, ha="right", va="bottom")
+    axes.set(xlabel="training steps", ylabel="NLL in logit space (nats)", xscale="log")
+    axes.set_ylim(top=min(top, 1700) + 20)
+    axes.legend(frameon=False)
+    save_figure(figure, folder / "learning.png")
+
+
+def open_folder(out: Path, config: dict[str, Any], overwrite: bool) -> None:
+    """Prepare the folder of a run, new or interrupted; refuse to touch any other."""
+    description = out / "config.json"
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out: {out} is a file, expected a folder")
+    if out.is_dir() and any(out.iterdir()):
+        found = json.loads(description.read_text()) if description.is_file() else None
+        if overwrite and found is not None:
+            for path in (out / "last.ckpt", out / "best.ckpt", out / "results.json"):
+                path.unlink(missing_ok=True)
+        elif found is None:
+            raise ValueError(f"--out: {out} holds other files; name an empty or a new folder")
+        elif found != config:
+            raise ValueError(
+                f"--out: {out} holds a run with {found}, not {config}; name another folder or add "
+                "--overwrite"
+            )
+        elif (out / "results.json").exists():
+            raise ValueError(
+                f"--out: {out} holds this run, finished; name another folder or add --overwrite"
+            )
+    out.mkdir(parents=True, exist_ok=True)
+    write(description, json.dumps(config, indent=2) + "\n")
+
+
+def run(config: dict[str, Any], out: Path, data_dir: Path | None, overwrite: bool) -> Results:
+    """One preset from the data to its results."""
+    images = load_mnist(data_dir)
+    open_folder(out, config, overwrite)
+    preset, seed = PRESETS[config["preset"]], config["seed"]
+    torch.manual_seed(seed)
+    flow = Flow(CompositeTransform(preset.build(images.train)), StandardNormal([FEATURES]))
+    objective = MaximumLikelihood(
+        flow,
+        optimizer=partial(make_optimizer, preset),
+        steps=config["steps"],
+        minutes=config["minutes"],
+        warmup_steps=50 if preset.anneal else 0,
+        anneal=preset.anneal,
+        seed=seed,
+    )
+    prepare = partial(dequantise, number=LEVELS)
+    watched = dequantise(images.validation, torch.Generator().manual_seed(0), LEVELS)
+    history = fit(
+        objective,
+        endless(EndlessBatches(images.train, preset.batch_size, seed, prepare), preset.chapter),
+        DataLoader(watched[: config["validation_images"]], batch_size=100),
+        out,
+        name=config["preset"],
+        callbacks=[SolverGuard(preset.solver_tolerance)],
+        gradient_clip_val=preset.clip,
+    )
+    flow = flow.cpu().eval()
+    best = min(history.rows, key=lambda row: row["validation"])
+    figures = evaluate(flow, images, config["draws"])
+    offset = figures["nll"] - figures["bits_per_dim"] * FEATURES * math.log(2)
+    draw_learning(history, config["preset"], offset + FEATURES * math.log(LEVELS), out)
+    draw_samples(flow, seed, out)
+    results = Results(
+        preset=config["preset"],
+        seed=seed,
+        parameters=sum(p.numel() for p in flow.parameters() if p.requires_grad),
+        minutes=history.rows[-1]["minutes"],
+        steps=int(best["step"]),
+        reconstruction_error=draw_path(flow, images, out),
+        command=command(config),
+        **figures,
+    )
+    write(out / "results.json", json.dumps(asdict(results), indent=2) + "\n")
+    return results
+
+
+def command(config: dict[str, Any]) -> str:
+    """The command of a run, but for its folders."""
+    budget = f"--minutes {config['minutes']:g}" if config["minutes"] else ""
+    budget += f" --steps {config['steps']}" if config["steps"] else ""
+    return (
+        f"python examples/mnist.py --preset {config['preset']} {budget.strip()} "
+        f"--seed {config['seed']}"
+    )
+
+
+def main(
+    preset: Annotated[str, typer.Option(help=f"One of {', '.join(PRESETS)}.")] = "fast",
+    data_dir: Annotated[
+        Path | None, typer.Option(help="MNIST's IDX files; left out, they are downloaded.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; runs/PRESET.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.01, help="Training time; 10 if --steps is left out.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Training steps, for a reproducible end.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of weights, batches and noise.")] = 0,
+    draws: Annotated[int, typer.Option(min=1, help="Of dequantisation noise in the test.")] = 3,
+    validation_images: Annotated[
+        int, typer.Option(min=1, max=10_000, help="That choose the checkpoint.")
+    ] = 2000,
+    overwrite: Annotated[bool, typer.Option(help="Begin anew in a folder with a run.")] = False,
+) -> None:
+    """Train a flow on MNIST, evaluate it on the test set and draw what it does."""
+    try:
+        if preset not in PRESETS:
+            raise ValueError(f"--preset: got {preset!r}, expected one of {', '.join(PRESETS)}")
+        config = {
+            "preset": preset,
+            "minutes": minutes if minutes or steps else 10.0,
+            "steps": steps,
+            "seed": seed,
+            "draws": draws,
+            "validation_images": validation_images,
+        }
+        start = time.monotonic()
+        results = run(config, out or Path("runs") / preset, data_dir, overwrite)
+    except (ValueError, OSError, DivergenceError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+    typer.echo(json.dumps(asdict(results), indent=2))
+    typer.echo(f"{(time.monotonic() - start) / 60:.1f} minutes in all, {os.cpu_count()} cores")
+
+
+if __name__ == "__main__":
+    typer.run(main)

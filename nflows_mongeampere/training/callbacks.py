@@ -1,0 +1,151 @@
+"""What watches over a training: its solver, its history, and the person who waits for it."""
+
+from __future__ import annotations
+
+import csv
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as lightning
+from pytorch_lightning.callbacks import Callback
+from tqdm.auto import tqdm
+
+from nflows_mongeampere import validation
+from nflows_mongeampere.files import write
+from nflows_mongeampere.training.divergence import DivergenceError
+from nflows_mongeampere.transport import transports
+
+
+class SolverGuard(Callback):
+    """Doubles the steps of the flows when training exploits the solver's error.
+
+    An optimiser finds whatever error lowers the loss. After each validation the mean loss of some
+    rows is compared with the one at twice the steps; where these differ by more than the tolerance,
+    the training goes on with twice the steps.
+
+    Args:
+        tolerance: the largest error of the mean loss, in nats.
+        most: the largest number of steps; where more were needed, the training stops.
+    """
+
+    def __init__(self, tolerance: float, most: int = 64) -> None:
+        self.tolerance = validation.positive("tolerance", tolerance)
+        self.most = validation.integer("most", most)
+
+    def on_validation_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        error = float(trainer.callback_metrics.get("solver_error", 0.0))
+        if abs(error) <= self.tolerance:
+            return
+        for transport in transports(pl_module):
+            if 2 * transport.steps > self.most:
+                raise DivergenceError(
+                    trainer,
+                    f"the solver's error is {error:.2g} nats at {transport.steps} steps, above the "
+                    f"tolerance of {self.tolerance:g}, and more than {self.most} are not allowed",
+                )
+            transport.steps *= 2
+
+
+class History(Callback):
+    """A table of the training, a line for each validation, in a CSV file.
+
+    The lines are part of the checkpoints, so that an interrupted training ends with the same file
+    as any other, written whole.
+
+    Args:
+        path: of the file.
+
+    Attributes:
+        rows: the lines: ``step``, ``minutes``, ``train`` (the mean loss since the last line),
+            ``validation`` and ``solver_error`` as the objective logs them, ``learning_rate``,
+            ``solver_steps`` of the flow that takes the most.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.rows: list[dict[str, float]] = []
+        self._sum, self._count = 0.0, 0
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        self._sum += float(outputs["loss"])
+        self._count += 1
+
+    def on_train_epoch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        metrics = trainer.callback_metrics
+        row = {
+            "step": trainer.global_step,
+            "minutes": round(pl_module.seconds / 60, 3),
+            "train": self._sum / max(1, self._count),
+            **{k: float(metrics[k]) for k in ("validation", "solver_error") if k in metrics},
+            "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
+            "solver_steps": max((t.steps for t in transports(pl_module)), default=0),
+        }
+        self.rows.append(row)
+        self._sum, self._count = 0.0, 0
+        if trainer.is_global_zero:
+            text = StringIO()
+            table = csv.DictWriter(text, list(row), lineterminator="\n")
+            table.writeheader()
+            table.writerows(self.rows)
+            write(self.path, text.getvalue())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rows = list(state_dict["rows"])
+
+
+class BudgetBar(Callback):
+    """A progress bar over the budget of a training, with its validation loss.
+
+    Args:
+        name: what stands before the bar.
+    """
+
+    def __init__(self, name: str = "training") -> None:
+        self.name = name
+        self._bar: Any = None
+
+    def on_train_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        self._bar = tqdm(
+            total=100.0,
+            initial=100 * pl_module.progress,
+            desc=self.name,
+            disable=not trainer.is_global_zero,
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
+        )
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if "validation" in trainer.callback_metrics:
+            self._bar.set_postfix_str(
+                f"validation {trainer.callback_metrics['validation']:.2f} nats", refresh=False
+            )
+        self._bar.update(100 * pl_module.progress - self._bar.n)
+
+    def teardown(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()

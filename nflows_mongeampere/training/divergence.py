@@ -1,0 +1,84 @@
+"""How a training that has left the numbers it could learn from is noticed, and what is said."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from typing import Any
+
+import pytorch_lightning as lightning
+from pytorch_lightning.callbacks import Callback
+from torch import Tensor
+
+from nflows_mongeampere import validation
+
+
+class DivergenceError(RuntimeError):
+    """A training has diverged; the message says where, what is kept, and what to try."""
+
+    def __init__(self, trainer: lightning.Trainer, what: str) -> None:
+        checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", "")
+        kept = f"the best checkpoint is {checkpoint}" if checkpoint else "no checkpoint was written"
+        super().__init__(
+            f"training diverged at step {trainer.global_step}: {what}; {kept}. Try a lower "
+            "learning rate, stronger gradient clipping, more solver steps, or a penalty on the "
+            "costs of transport"
+        )
+
+
+class DivergenceGuard(Callback):
+    """Stops a training whose loss is no number, or has risen far above the best so far.
+
+    Checkpoints are written at the ends of chapters alone, which a diverged training does not reach:
+    the last one is good.
+
+    Args:
+        deviations: by how many median absolute deviations of the best 20 losses in a row the median
+            of the last 20 may exceed theirs.
+        rise: which rise is no explosion however still the losses are, in nats for each entry of
+            an event.
+    """
+
+    def __init__(self, deviations: float = 10.0, rise: float = 0.1) -> None:
+        self.deviations = validation.positive("deviations", deviations)
+        self.rise = validation.positive("rise", rise)
+        self._recent: deque[float] = deque(maxlen=20)
+        self._best, self._spread = math.inf, 0.0
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        loss = float(outputs["loss"])
+        if not math.isfinite(loss):
+            raise DivergenceError(trainer, f"the loss is {loss}")
+        self._recent.append(loss)
+        if len(self._recent) < 20:
+            return
+        median = statistics.median(self._recent)
+        if median < self._best:
+            self._best = median
+            self._spread = statistics.median(abs(loss - median) for loss in self._recent)
+        allowed = max(self.deviations * self._spread, self.rise * _entries(batch))
+        if median > self._best + allowed:
+            raise DivergenceError(
+                trainer, f"the loss has risen from {self._best:.6g} to {median:.6g} nats"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"recent": list(self._recent), "best": self._best, "spread": self._spread}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._recent.extend(state_dict["recent"])
+        self._best, self._spread = state_dict["best"], state_dict["spread"]
+
+
+def _entries(batch: Any) -> int:
+    """The number of entries of one event, 1 where the batch does not tell."""
+    first = batch[0] if isinstance(batch, (list, tuple)) else batch
+    return first[0].numel() if isinstance(first, Tensor) and first.dim() > 1 else 1

@@ -1,0 +1,152 @@
+"""A training from its first step, or from where it was interrupted, to its best checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as lightning
+import torch
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+
+from nflows_mongeampere.training.callbacks import BudgetBar, History
+from nflows_mongeampere.training.divergence import DivergenceGuard
+from nflows_mongeampere.training.objectives import Objective
+
+
+def fit(
+    objective: Objective,
+    batches: Iterable[Any],
+    validation_batches: Iterable[Any],
+    folder: str | Path,
+    *,
+    name: str = "training",
+    callbacks: Iterable[Callback] = (),
+    **trainer: Any,
+) -> History:
+    """Train until the budget is spent, and leave the flow with the best weights found.
+
+    Where ``folder`` holds the checkpoint of an interrupted training, that one is taken up, with its
+    optimiser, schedule, clock and place in the data; it ends with the numbers of an uninterrupted
+    one, to the last bit where the budget is in steps. Lightning is the engine: it uses a GPU
+    where there is one, and takes several processes, mixed precision, gradient clipping or loggers
+    as keywords.
+
+    Args:
+        objective: the loss, with its flow and its budget.
+        batches: a loader whose epochs are the pieces of work between two checkpoints; see
+            :func:`~nflows_mongeampere.training.endless`.
+        validation_batches: a loader, read at the end of each epoch; the lowest loss on it is the
+            best.
+        folder: for ``last.ckpt``, ``best.ckpt`` and ``metrics.csv``, written whole.
+        name: what stands before the progress bar.
+        callbacks: further callbacks of Lightning.
+        **trainer: keywords of ``lightning.Trainer``.
+
+    Returns:
+        The history of the training.
+
+    Raises:
+        DivergenceError: if the loss is no number or explodes; the checkpoints stay.
+        ValueError: if a checkpoint in ``folder`` does not fit the objective.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    history = History(folder / "metrics.csv")
+    checkpoint = ModelCheckpoint(
+        folder,
+        filename="best",
+        monitor="validation",
+        save_last=True,
+        enable_version_counter=False,
+        save_on_train_epoch_end=True,
+    )
+    settings = {
+        "accelerator": "auto",
+        "devices": 1,
+        "max_epochs": -1,
+        "gradient_clip_val": 10.0,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,  # EndlessBatches deals out its own
+        **trainer,
+    }
+    with _quiet():
+        engine = lightning.Trainer(
+            callbacks=[DivergenceGuard(), BudgetBar(name), *callbacks, history, checkpoint],
+            **settings,
+        )
+        last = folder / "last.ckpt"
+        engine.fit(
+            objective,
+            batches,
+            validation_batches,
+            ckpt_path=str(last) if _fits(last, objective) else None,
+        )
+    restore(objective, folder / "best.ckpt")
+    return history
+
+
+def restore(objective: Objective, path: str | Path) -> None:
+    """Give a flow the weights and the solver steps of a checkpoint.
+
+    Raises:
+        ValueError: if there is no such checkpoint, or it is damaged or of another flow.
+    """
+    path = Path(path)
+    if not _fits(path, objective):
+        raise ValueError(f"path: there is no checkpoint {path}; train the flow first")
+    checkpoint = _read(path)
+    objective.load_state_dict(checkpoint["state_dict"])
+    objective.on_load_checkpoint(checkpoint)
+
+
+def _fits(path: Path, objective: Objective) -> bool:
+    """Whether there is a checkpoint, which has to be one of ``objective``."""
+    if not path.exists():
+        return False
+    found = {k: tuple(v.shape) for k, v in _read(path)["state_dict"].items() if _is_tensor(v)}
+    wanted = {k: tuple(v.shape) for k, v in objective.state_dict().items() if _is_tensor(v)}
+    for key in [*wanted, *found]:
+        if found.get(key) != wanted.get(key):
+            raise ValueError(
+                f"path: {path} is the checkpoint of another flow: {key} has shape "
+                f"{found.get(key)}, expected {wanted.get(key)}; use another folder"
+            )
+    return True
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        missing = {"state_dict", "budget", "solver_steps"} - set(checkpoint)
+        if missing:
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+    except Exception as error:  # whatever a damaged archive makes of the reader
+        raise ValueError(
+            f"path: {path} is damaged or no checkpoint of a training ({error}); remove it to start "
+            "anew"
+        ) from error
+    return checkpoint
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Lightning tells of its hardware and of choices made here on purpose; errors remain."""
+    logger = logging.getLogger("pytorch_lightning")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
+        yield
+    logger.setLevel(level)

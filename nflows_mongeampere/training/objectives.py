@@ -1,0 +1,238 @@
+"""What a training minimises, for nflows flows and normflows models alike."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytorch_lightning as lightning
+import torch
+from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+
+from nflows_mongeampere import validation
+from nflows_mongeampere.integration import IntegrationError
+from nflows_mongeampere.training.batches import mix
+from nflows_mongeampere.training.divergence import DivergenceError
+from nflows_mongeampere.transport import refined, transports
+
+# rows of each validation batch on which the solver's error is measured
+WATCHED_ROWS = 20
+
+MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
+
+
+class Objective(lightning.LightningModule):
+    """A loss in nats, its optimiser, and the budget of steps or minutes over which it is minimised.
+
+    The learning rate rises linearly for some steps and then falls to zero, as a cosine of the part
+    of the budget that is spent. What is random in a step depends on the seed and the number of the
+    step alone.
+
+    Args:
+        flow: what is trained: a flow of nflows or a model of normflows.
+        learning_rate: of Adam, at its highest.
+        optimizer: makes another optimiser from the flow; its learning rates are the highest ones.
+        steps: the budget in steps of the optimiser.
+        minutes: the budget in wall-clock time, validation included; where both are given, the
+            training ends with the first to be spent.
+        warmup_steps: over which the learning rate rises.
+        anneal: whether the learning rate falls; else it stays.
+        seed: of everything that is random in a step.
+
+    Attributes:
+        flow: what is trained.
+        progress: the part of the budget that is spent, from 0 to 1.
+    """
+
+    def __init__(
+        self,
+        flow: nn.Module,
+        *,
+        learning_rate: float = 1e-3,
+        optimizer: MakeOptimizer | None = None,
+        steps: int | None = None,
+        minutes: float | None = None,
+        warmup_steps: int = 50,
+        anneal: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not isinstance(flow, nn.Module) or not hasattr(flow, "log_prob"):
+            raise TypeError(
+                f"flow: got {type(flow).__name__}, expected a flow of nflows or a model of "
+                "normflows: a module with log_prob"
+            )
+        if steps is None and minutes is None:
+            raise ValueError("steps: got neither steps nor minutes, expected a budget for training")
+        self.flow = flow
+        self.learning_rate = validation.positive("learning_rate", learning_rate)
+        self.steps = None if steps is None else validation.integer("steps", steps)
+        self.minutes = None if minutes is None else validation.positive("minutes", minutes)
+        self.warmup_steps = validation.integer("warmup_steps", warmup_steps, minimum=0)
+        self.anneal = validation.boolean("anneal", anneal)
+        self.seed = validation.integer("seed", seed, minimum=0)
+        self.progress = 0.0
+        self._make_optimizer = optimizer
+        self._seconds_before = 0.0
+        self._start = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock time of the training so far, interrupted runs included."""
+        return self._seconds_before + time.monotonic() - self._start
+
+    def loss(self, batch: Any) -> Tensor:
+        """The mean loss of a batch, in nats."""
+        raise NotImplementedError
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        torch.manual_seed(mix(self.seed, self.global_step, self.global_rank))
+        try:
+            return self.loss(batch)
+        except IntegrationError as error:
+            raise DivergenceError(self.trainer, str(error)) from error
+
+    @torch.no_grad()
+    def validation_step(self, batch: Any, index: int) -> None:
+        """Log the loss at twice the solver's steps, and by how much these change it."""
+        with refined(self.flow):
+            loss = self._seeded_loss(batch, index)
+        self.log("validation", loss, batch_size=_rows(batch), sync_dist=True)
+        if transports(self.flow):
+            few = _first(batch, WATCHED_ROWS)
+            with refined(self.flow):
+                fine = self._seeded_loss(few, index)
+            error = self._seeded_loss(few, index) - fine
+            self.log("solver_error", error, batch_size=_rows(few), sync_dist=True)
+
+    def _seeded_loss(self, batch: Any, index: int) -> Tensor:
+        """The loss of a validation batch, with the same random numbers each time."""
+        torch.manual_seed(mix(self.seed, -1 - index))
+        return self.loss(batch)
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """The optimiser, and the schedule that the budget sets."""
+        if self._make_optimizer is not None:
+            optimizer = self._make_optimizer(self.flow)
+        else:
+            trained = [p for p in self.flow.parameters() if p.requires_grad]
+            optimizer = torch.optim.Adam(trained, lr=self.learning_rate)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    def _rate(self, step: int) -> float:
+        """The learning rate as a part of the highest one."""
+        rate = min(1.0, (step + 1) / (self.warmup_steps + 1))
+        return rate * 0.5 * (1 + math.cos(math.pi * self.progress)) if self.anneal else rate
+
+    def on_train_start(self) -> None:
+        self._start = time.monotonic()
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take stock, before the learning rate of the next step is set."""
+        spent = [0.0]
+        if self.steps is not None:
+            spent.append((self.global_step + 1) / self.steps)
+        if self.minutes is not None:
+            # all processes go by the clock of the first
+            seconds = self.trainer.strategy.broadcast(self.seconds)
+            spent.append(seconds / (60 * self.minutes))
+        self.progress = min(1.0, max(spent))
+
+    def on_train_batch_end(self, outputs: object, batch: Any, index: int) -> None:
+        if self.progress >= 1:
+            self.trainer.should_stop = True
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["budget"] = {"seconds": self.seconds, "progress": self.progress}
+        checkpoint["solver_steps"] = [transport.steps for transport in transports(self.flow)]
+
+    def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        self._seconds_before = checkpoint["budget"]["seconds"]
+        self.progress = checkpoint["budget"]["progress"]
+        for transport, steps in zip(
+            transports(self.flow), checkpoint["solver_steps"], strict=True
+        ):
+            transport.steps = steps
+
+
+class MaximumLikelihood(Objective):
+    r"""Fits a density to data: minimises :math:`-\langle \ln p(x; c) \rangle` over batches.
+
+    A batch is a tensor, shape (B, ...), or a pair of tensors, data and context. The keywords are
+    those of :class:`Objective`.
+
+    Example:
+        >>> from nflows_mongeampere import MongeAmpereFlow
+        >>> objective = MaximumLikelihood(MongeAmpereFlow(2, 16), steps=100)
+        >>> objective.loss(torch.randn(8, 2)).shape
+        torch.Size([])
+    """
+
+    def loss(self, batch: Any) -> Tensor:
+        rows = batch if isinstance(batch, (list, tuple)) else [batch]
+        loss: Tensor = -self.flow.log_prob(*rows).mean()
+        return loss
+
+
+class ReverseKL(Objective):
+    r"""Fits a flow to an unnormalised target: the variational free energy.
+
+    .. math:: F = \langle \ln q(x) - \ln \pi(x) \rangle_{x \sim q} \ge -\ln Z,
+              \qquad Z = \int \pi(x) dx.
+
+    A model of normflows that has a target ``p`` brings :math:`\pi` along; a flow of nflows is given
+    one. Batches are ignored: they only count the steps. The keywords are those of
+    :class:`Objective`.
+
+    Args:
+        flow: a flow of nflows or a model of normflows.
+        target: a module or function with ``log_prob``, as normflows' targets have it.
+        num_samples: rows drawn from the flow in each step, in each process.
+    """
+
+    def __init__(
+        self,
+        flow: nn.Module,
+        target: Any = None,
+        *,
+        num_samples: int = 64,
+        **keywords: Any,
+    ) -> None:
+        super().__init__(flow, **keywords)
+        target = getattr(flow, "p", None) if target is None else target
+        if not hasattr(target, "log_prob"):
+            raise TypeError(
+                f"target: got {type(target).__name__}, expected an object with log_prob, given "
+                "here or as the target p of the normflows model"
+            )
+        self.target = target
+        self.num_samples = validation.integer("num_samples", num_samples)
+
+    def loss(self, batch: Any) -> Tensor:
+        x, log_q = sample_and_log_prob(self.flow, self.num_samples)
+        loss: Tensor = (log_q - self.target.log_prob(x)).mean()
+        return loss
+
+
+def sample_and_log_prob(flow: Any, num_samples: int) -> tuple[Tensor, Tensor]:
+    """Samples with their log-density, shapes (N, ...) and (N,), from either library."""
+    pair = flow.sample_and_log_prob if hasattr(flow, "sample_and_log_prob") else flow.sample
+    x, log_q = pair(num_samples)
+    return x, log_q
+
+
+def _rows(batch: Any) -> int:
+    return len(batch[0] if isinstance(batch, (list, tuple)) else batch)
+
+
+def _first(batch: Any, rows: int) -> Any:
+    if isinstance(batch, (list, tuple)):
+        return [part[:rows] for part in batch]
+    return batch[:rows]
