@@ -15,13 +15,12 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure, SubFigure
 from nflows.transforms import (
-    Logit,
     LULinear,
     PiecewiseLinearCDF,
-    PointwiseAffineTransform,
     Transform,
 )
 from torch import Tensor
+from torch.nn import functional as F
 
 from nflows_mongeampere.files import write
 
@@ -111,9 +110,30 @@ def dequantise(levels: Tensor, generator: torch.Generator, number: int) -> Tenso
     return (levels + noise) / number
 
 
-def pixels_to_logits(margin: float) -> list[Transform]:
-    r"""nflows' map of [0, 1] to the real line, :math:`x \mapsto` logit(α + (1 - 2α) x)."""
-    return [PointwiseAffineTransform(margin, 1 - 2 * margin), Logit(eps=margin / 2)]
+def to_logits(pixels: Tensor, margin: float) -> Tensor:
+    """From pixels in [0, 1) to the real line: y = ln s - ln(1 - s) with s = α + (1 - 2α) x."""
+    return torch.logit(margin + (1 - 2 * margin) * pixels)
+
+
+def to_pixels(logits: Tensor, margin: float) -> Tensor:
+    """The inverse of :func:`to_logits`."""
+    return (torch.sigmoid(logits) - margin) / (1 - 2 * margin)
+
+
+class Pixels(Transform):
+    """From logits to pixels in [0, 1), as nflows' Sigmoid but for the margin."""
+
+    def __init__(self, margin: float) -> None:
+        super().__init__()
+        self.margin = margin
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        slopes = F.logsigmoid(inputs) + F.logsigmoid(-inputs) - math.log(1 - 2 * self.margin)
+        return to_pixels(inputs, self.margin).clamp(0, 1), slopes.sum(1)
+
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        outputs = to_logits(inputs, self.margin)
+        return outputs, -self.forward(outputs)[1]
 
 
 class NormalQuantile(Transform):

@@ -26,12 +26,14 @@ from images import (
     Images,
     Marginals,
     NormalQuantile,
+    Pixels,
     dequantise,
     draw_rows,
     load_mnist,
     mosaic,
-    pixels_to_logits,
     save_figure,
+    to_logits,
+    to_pixels,
     whitening,
 )
 from nflows.distributions import StandardNormal
@@ -45,7 +47,7 @@ from nflows.transforms import (
     Transform,
 )
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from nflows_mongeampere import (
     ConvolutionalPotential,
@@ -67,7 +69,7 @@ from nflows_mongeampere.transport import transports
 
 SIDE, LEVELS, MARGIN = 28, 256, 1e-6
 FEATURES = SIDE * SIDE
-GREYS = {"cmap": "gray_r", "vmin": 0, "vmax": 1}
+GREYS: dict[str, Any] = {"cmap": "gray_r", "vmin": 0, "vmax": 1}
 PUBLISHED = {  # test set, logit space, arXiv:1809.10188, table 1
     "MADE": 1380.8,
     "RealNVP": 1323.2,
@@ -82,7 +84,7 @@ class Preset:
     """A flow, with the settings of its training.
 
     Attributes:
-        build: makes the flow from the training images; it takes pixels in [0, 1).
+        build: makes the transforms, from logits to noise, from the training images.
         learning_rate: the highest, of Adam.
         batch_size: images.
         chapter: steps between two validations.
@@ -107,13 +109,12 @@ class Preset:
 def paper(levels: Tensor) -> list[Transform]:
     """The published flow: one potential, on raw logits."""
     potential = RidgePotential(FEATURES, 1024)
-    return [*pixels_to_logits(MARGIN), MongeAmpereTransform(potential, time=10.0, steps=100)]
+    return [MongeAmpereTransform(potential, time=10.0, steps=100)]
 
 
 def behind_whitening(flow: Callable[[], Transform], levels: Tensor) -> list[Transform]:
-    """Logits, whitened by a linear transform of nflows that is set from the data."""
-    before = pixels_to_logits(MARGIN)
-    return [*before, whitening(images_through(before, levels)), flow()]
+    """A linear transform of nflows that whitens the data, then the flow."""
+    return [whitening(images_through([], levels)), flow()]
 
 
 def fast() -> Transform:
@@ -126,19 +127,20 @@ def fast() -> Transform:
 
 def stacked(levels: Tensor) -> list[Transform]:
     """Marginals made normal, then potentials of neighbouring pixels, then a linear transform."""
-    before = [Marginals(levels, LEVELS), NormalQuantile()]
+    before = [Pixels(MARGIN), Marginals(levels, LEVELS), NormalQuantile()]
     flows = [
-        MongeAmpereTransform(ConvolutionalPotential((1, SIDE, SIDE), 16), steps=2)
-        for _ in range(2)
+        MongeAmpereTransform(ConvolutionalPotential((1, SIDE, SIDE), 16), steps=2) for _ in range(2)
     ]
     return [*before, *flows, whitening(images_through(before, levels))]
 
 
 def realnvp() -> Transform:
+    """Affine coupling layers."""
     return SimpleRealNVP(FEATURES, 512, 5, 2)._transform
 
 
 def maf() -> Transform:
+    """Masked autoregressive layers."""
     return MaskedAutoregressiveFlow(FEATURES, 512, 5, 2)._transform
 
 
@@ -164,20 +166,26 @@ PRESETS = {
     "paper": Preset(
         paper, 1e-3, chapter=500, weight_decay=1e-3, anneal=False, clip=None, solver_tolerance=5.0
     ),
-    "fast": Preset(partial(behind_whitening, fast), 6e-3, batch_size=200, chapter=200, linear_rate=0.02),
-    "stacked": Preset(stacked, 2e-2, chapter=200, linear_rate=0.02),
+    "fast": Preset(
+        partial(behind_whitening, fast), 6e-3, batch_size=200, chapter=200, linear_rate=0.02
+    ),
+    "stacked": Preset(stacked, 2e-2, chapter=200, linear_rate=0.02, solver_tolerance=2.0),
     "realnvp": Preset(partial(behind_whitening, realnvp), 5e-4, linear_rate=0.1),
     "maf": Preset(partial(behind_whitening, maf), 5e-4, linear_rate=0.1),
     "spline": Preset(partial(behind_whitening, spline), 5e-4, linear_rate=0.1),
 }
 
 
+def logits(levels: Tensor, generator: torch.Generator) -> Tensor:
+    """Dequantised images in logit space, what the flows see."""
+    return to_logits(dequantise(levels, generator, LEVELS), MARGIN)
+
+
 def images_through(before: list[Transform], levels: Tensor) -> Tensor:
-    """The training images behind the first transforms, dequantised."""
-    generator = torch.Generator().manual_seed(0)
-    pixels = dequantise(levels, generator, LEVELS)
+    """The training images behind the first transforms."""
+    points = logits(levels, torch.Generator().manual_seed(0))
     with torch.no_grad():
-        parts = [CompositeTransform(before)(part)[0] for part in pixels.split(5000)]
+        parts = [CompositeTransform(before)(part)[0] for part in points.split(5000)]
     return torch.cat(parts)
 
 
@@ -231,25 +239,17 @@ class Results:
 
 
 @torch.no_grad()
-def losses(flow: Flow, levels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """For each image the loss in logit space, and that of the pixels in [0, 1)."""
-    pixels = dequantise(levels, torch.Generator().manual_seed(seed), LEVELS)
-    to_logits = CompositeTransform(pixels_to_logits(MARGIN))
-    in_logits, in_pixels = [], []
-    for part in pixels.split(100):
-        loss = -flow.log_prob(part)
-        in_pixels.append(loss)
-        in_logits.append(loss + to_logits(part)[1])
-    return torch.cat(in_logits), torch.cat(in_pixels)
+def losses(flow: Flow, points: Tensor) -> Tensor:
+    """The negative log-density of each image."""
+    return torch.cat([-flow.log_prob(part) for part in points.split(100)])
 
 
-@torch.no_grad()
-def settle_solver(flow: Flow, levels: Tensor) -> None:
+def settle_solver(flow: Flow, points: Tensor) -> None:
     """Double the solver's steps until that changes the mean loss of these images no more."""
     while transports(flow):
-        coarse = losses(flow, levels, 1)[0].mean()
+        coarse = losses(flow, points).mean()
         with refined(flow):
-            change = float((losses(flow, levels, 1)[0].mean() - coarse).abs())
+            change = float((losses(flow, points).mean() - coarse).abs())
         if change < 0.02:
             return
         for transport in transports(flow):
@@ -258,22 +258,25 @@ def settle_solver(flow: Flow, levels: Tensor) -> None:
 
 def evaluate(flow: Flow, images: Images, draws: int) -> dict[str, Any]:
     """The test loss, at solver steps that the validation images choose."""
-    settle_solver(flow, images.validation[:2000])
-    in_logits, in_pixels = map(
-        torch.stack, zip(*(losses(flow, images.test, seed) for seed in range(draws)), strict=True)
-    )
-    double = None
+    settle_solver(flow, logits(images.validation[:2000], torch.Generator().manual_seed(1)))
+    found, constants = [], []
+    for draw in range(draws):
+        points = logits(images.test, torch.Generator().manual_seed(draw))
+        found.append(losses(flow, points))
+        # ln|dx/dy|, from the density of logits to that of pixels in [0, 1), for bits per pixel
+        constants.append(Pixels(MARGIN)(points)[1].mean().item())
+    loss, double = torch.stack(found), None
     if transports(flow):
         with refined(flow):
-            double = losses(flow, images.test, 0)[0].mean().item()
-        # the same draw of the noise at both
-        double += (in_logits.mean() - in_logits[0].mean()).item()
-    nll = in_logits.mean().item()
+            change = losses(flow, points).mean() - loss[-1].mean()
+        double = (loss.mean() + change).item()
+    nll = loss.mean().item()
+    in_pixels = nll + sum(constants) / draws
     return {
         "nll": nll,
-        "nll_se": (in_logits.mean(0).std() / math.sqrt(len(images.test))).item(),
-        "nll_draws": in_logits.mean(1).tolist(),
-        "bits_per_dim": (in_pixels.mean().item() / FEATURES + math.log(LEVELS)) / math.log(2),
+        "nll_se": (loss.mean(0).std() / math.sqrt(len(images.test))).item(),
+        "nll_draws": loss.mean(1).tolist(),
+        "bits_per_dim": (in_pixels / FEATURES + math.log(LEVELS)) / math.log(2),
         "solver_steps": [transport.steps for transport in transports(flow)],
         "nll_double_steps": double,
     }
@@ -283,7 +286,7 @@ def evaluate(flow: Flow, images: Images, draws: int) -> dict[str, Any]:
 def draw_samples(flow: Flow, seed: int, folder: Path) -> None:
     """64 samples, as a picture and as an array for comparisons."""
     torch.manual_seed(seed)
-    pixels = flow.sample(64).clamp(0, 1)
+    pixels = to_pixels(flow.sample(64), MARGIN).clamp(0, 1)
     figure, axes = plt.subplots(figsize=(6, 6), layout="constrained")
     axes.imshow(mosaic(pixels, SIDE, 8), **GREYS)
     axes.set_axis_off()
@@ -294,29 +297,31 @@ def draw_samples(flow: Flow, seed: int, folder: Path) -> None:
 @torch.no_grad()
 def draw_path(flow: Flow, images: Images, folder: Path) -> float:
     """Digits into noise and back, transform by transform; returns the error, in grey levels."""
-    originals = dequantise(images.test[:10], torch.Generator().manual_seed(0), LEVELS)
-    rows, points = {"digits": originals}, originals
+    originals = logits(images.test[:10], torch.Generator().manual_seed(0))
+    rows, points = {"digits": to_pixels(originals, MARGIN)}, originals
     stages = list(flow._transform._transforms)
     for stage in stages:
         points, _ = stage(points)
-        rows[type(stage).__name__ + " " * len(rows)] = points
+        name = type(stage).__name__.removesuffix("Transform")
+        rows[name + " " * len(rows)] = points  # blanks, for two of a name
     for stage in reversed(stages):
         points, _ = stage.inverse(points)
-    error = float((points - originals).abs().max()) * LEVELS
-    rows[f"restored to\n{error:.1g} grey levels"] = points
-    figure = plt.figure(figsize=(9, 0.8 * len(rows)), layout="constrained")
+    restored = to_pixels(points, MARGIN)
+    error = float((restored - rows["digits"]).abs().max()) * LEVELS
+    rows[f"restored to\n{error:.1g} grey levels"] = restored
+    figure = plt.figure(figsize=(10, 0.8 * len(rows)), layout="constrained")
     draw_rows(figure, rows, SIDE, GREYS)
     save_figure(figure, folder / "path.png")
     return error
 
 
-def draw_learning(history: History, name: str, offset: float, folder: Path) -> None:
+def draw_learning(history: History, name: str, folder: Path) -> None:
     """The loss against the steps, with the published levels."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     steps = [row["step"] for row in history.rows]
     for key in ("train", "validation"):
-        axes.plot(steps, [row[key] + offset for row in history.rows], label=f"{name}, {key}")
-    top = max(row["validation"] + offset for row in history.rows)
+        axes.plot(steps, [row[key] for row in history.rows], label=f"{name}, {key}")
+    top = max(row["validation"] for row in history.rows)
     for label, level in PUBLISHED.items():
         axes.axhline(level, color="grey", linewidth=0.7, linestyle=":")
         axes.text(steps[-1], level, f"{label}, published", fontsize=7, ha="right", va="bottom")
@@ -367,12 +372,13 @@ def run(config: dict[str, Any], out: Path, data_dir: Path | None, overwrite: boo
         anneal=preset.anneal,
         seed=seed,
     )
-    prepare = partial(dequantise, number=LEVELS)
-    watched = dequantise(images.validation, torch.Generator().manual_seed(0), LEVELS)
+    watched = logits(
+        images.validation[: config["validation_images"]], torch.Generator().manual_seed(0)
+    )
     history = fit(
         objective,
-        endless(EndlessBatches(images.train, preset.batch_size, seed, prepare), preset.chapter),
-        DataLoader(watched[: config["validation_images"]], batch_size=100),
+        endless(EndlessBatches(images.train, preset.batch_size, seed, logits), preset.chapter),
+        DataLoader(TensorDataset(watched), batch_size=100),
         out,
         name=config["preset"],
         callbacks=[SolverGuard(preset.solver_tolerance)],
@@ -381,8 +387,7 @@ def run(config: dict[str, Any], out: Path, data_dir: Path | None, overwrite: boo
     flow = flow.cpu().eval()
     best = min(history.rows, key=lambda row: row["validation"])
     figures = evaluate(flow, images, config["draws"])
-    offset = figures["nll"] - figures["bits_per_dim"] * FEATURES * math.log(2)
-    draw_learning(history, config["preset"], offset + FEATURES * math.log(LEVELS), out)
+    draw_learning(history, config["preset"], out)
     draw_samples(flow, seed, out)
     results = Results(
         preset=config["preset"],

@@ -116,7 +116,8 @@ class ConvolutionalPotential(Potential):
     def _radii(self) -> Tensor:
         """r, the squared length of each kernel where it lies inside the image, shape (K, H, W)."""
         inside = _Patches.apply(self.weight.new_ones(*self.shape, 1), self.kernel_size)
-        return (self._rows.square() @ inside).view_as(self.amplitude)
+        radii: Tensor = self._rows.square() @ inside
+        return radii.view_as(self.amplitude)
 
     def _patches(self, x: Tensor) -> Tensor:
         images = x.reshape(len(x), *self.shape).movedim(0, -1).contiguous()

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from nflows_mongeampere import validation
 from nflows_mongeampere.files import write
 from nflows_mongeampere.training.divergence import DivergenceError
+from nflows_mongeampere.training.objectives import Objective
 from nflows_mongeampere.transport import transports
 
 
@@ -83,8 +84,9 @@ class History(Callback):
     def on_train_epoch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
+        assert isinstance(pl_module, Objective)
         metrics = trainer.callback_metrics
-        row = {
+        row: dict[str, float] = {
             "step": trainer.global_step,
             "minutes": round(pl_module.seconds / 60, 3),
             "train": self._sum / max(1, self._count),
@@ -122,11 +124,13 @@ class BudgetBar(Callback):
     def on_train_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
+        assert isinstance(pl_module, Objective)
         self._bar = tqdm(
             total=100.0,
             initial=100 * pl_module.progress,
             desc=self.name,
             disable=not trainer.is_global_zero,
+            mininterval=0.5,
             bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
         )
 
@@ -138,6 +142,7 @@ class BudgetBar(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
+        assert isinstance(pl_module, Objective)
         if "validation" in trainer.callback_metrics:
             self._bar.set_postfix_str(
                 f"validation {trainer.callback_metrics['validation']:.2f} nats", refresh=False

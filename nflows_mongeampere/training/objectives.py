@@ -156,9 +156,7 @@ class Objective(lightning.LightningModule):
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         self._seconds_before = checkpoint["budget"]["seconds"]
         self.progress = checkpoint["budget"]["progress"]
-        for transport, steps in zip(
-            transports(self.flow), checkpoint["solver_steps"], strict=True
-        ):
+        for transport, steps in zip(transports(self.flow), checkpoint["solver_steps"], strict=True):
             transport.steps = steps
 
 
@@ -177,7 +175,8 @@ class MaximumLikelihood(Objective):
 
     def loss(self, batch: Any) -> Tensor:
         rows = batch if isinstance(batch, (list, tuple)) else [batch]
-        loss: Tensor = -self.flow.log_prob(*rows).mean()
+        flow: Any = self.flow
+        loss: Tensor = -flow.log_prob(*rows).mean()
         return loss
 
 

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from nflows_mongeampere.training import EndlessBatches, endless
+from nflows_mongeampere.training.batches import mix
+
+DATA = torch.arange(10)[:, None]
+
+
+def noisy(rows: Tensor, generator: torch.Generator) -> Tensor:
+    return rows + torch.rand(rows.shape, generator=generator)
+
+
+def test_a_pass_deals_out_every_row_once():
+    batches = EndlessBatches(DATA, batch_size=5, seed=1)
+    for epoch in range(3):
+        rows = torch.cat([batches[2 * epoch], batches[2 * epoch + 1]])
+        assert sorted(rows.flatten().tolist()) == list(range(10))
+
+
+def test_each_pass_has_its_own_order_and_each_seed_too():
+    orders = {
+        tuple(EndlessBatches(DATA, 10, seed)[epoch].flatten().tolist())
+        for seed in range(3)
+        for epoch in range(3)
+    }
+    assert len(orders) == 9
+
+
+def test_a_batch_depends_on_its_number_alone():
+    batches = EndlessBatches(DATA, 4, seed=3, prepare=noisy)
+    expected = [batches[k] for k in range(6)]
+    torch.manual_seed(17)
+    again = EndlessBatches(DATA, 4, seed=3, prepare=noisy)
+    for k in reversed(range(6)):
+        torch.rand(3)
+        assert torch.equal(again[k], expected[k])
+
+
+def test_noise_differs_from_batch_to_batch():
+    batches = EndlessBatches(torch.zeros(8, 2), 4, prepare=noisy)
+    values = torch.cat([batches[k] for k in range(4)])
+    assert len(values.unique()) == values.numel()
+
+
+def test_processes_share_one_batch(monkeypatch):
+    whole = EndlessBatches(DATA, 6, seed=3, prepare=noisy)[4]
+    parts = []
+    for rank in range(2):
+        monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+        monkeypatch.setattr("torch.distributed.get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+        parts.append(EndlessBatches(DATA, 6, seed=3, prepare=noisy)[4])
+    assert torch.equal(torch.stack(parts, dim=1).flatten(0, 1), whole)
+    with pytest.raises(ValueError, match="batch_size: got 5, expected a multiple of the 2"):
+        EndlessBatches(DATA, 5)[0]
+
+
+def test_chapters_follow_each_other():
+    batches = EndlessBatches(DATA, 4, seed=3)
+    loader = endless(batches, chapter=3)
+    assert len(loader) == 3
+    loader.sampler.set_epoch(5)
+    for k, batch in enumerate(loader):
+        assert torch.equal(batch, batches[15 + k])
+
+
+def test_seeds_do_not_collide():
+    seeds = {mix(a, b) for a in range(-30, 30) for b in range(30)}
+    assert len(seeds) == 60 * 30
+    assert all(-(2**63) <= seed < 2**63 for seed in seeds)
+
+
+@pytest.mark.parametrize("size", [0, 11])
+def test_errors_name_the_argument(size):
+    with pytest.raises(ValueError, match="batch_size: got"):
+        EndlessBatches(DATA, size)
+    with pytest.raises(ValueError, match="chapter: got 0"):
+        endless(EndlessBatches(DATA, 2), 0)

@@ -1,0 +1,295 @@
+"""Trainings from beginning to end: resumed, in two processes, diverging, and on a coarse solver."""
+
+from __future__ import annotations
+
+import csv
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import normflows
+import pytest
+import torch
+from pytorch_lightning.callbacks import Callback
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from nflows_mongeampere import IntegrationError, MongeAmpereFlow, RidgePotential, refined
+from nflows_mongeampere.normflows import MongeAmpere
+from nflows_mongeampere.training import (
+    DivergenceError,
+    EndlessBatches,
+    MaximumLikelihood,
+    Objective,
+    ReverseKL,
+    SolverGuard,
+    endless,
+    fit,
+    restore,
+)
+
+# A training as users write it; its arguments are the folder, the processes and a pause in seconds.
+SCRIPT = """
+import sys, time
+import torch
+from torch.utils.data import DataLoader
+from pytorch_lightning.callbacks import Callback
+from nflows_mongeampere import MongeAmpereFlow
+from nflows_mongeampere.training import EndlessBatches, MaximumLikelihood, endless, fit
+
+class Slow(Callback):
+    def on_train_batch_end(self, *_):
+        time.sleep(float(sys.argv[3]))
+
+def prepare(rows, generator):
+    return rows + 0.1 * torch.rand(rows.shape, generator=generator)
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    torch.manual_seed(5)
+    flow = MongeAmpereFlow(2, 8, steps=2)
+    data = torch.randn(200, 2).square()
+    processes = int(sys.argv[2])
+    fit(
+        MaximumLikelihood(flow, learning_rate=1e-2, steps=40, seed=3),
+        endless(EndlessBatches(data, 20, 3, prepare), chapter=8),
+        DataLoader(data, batch_size=100),
+        sys.argv[1],
+        callbacks=[Slow()],
+        accelerator="cpu",
+        devices=processes,
+        strategy="ddp" if processes > 1 else "auto",
+    )
+"""
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("script") / "train.py"
+    path.write_text(SCRIPT)
+    return path
+
+
+def command(script: Path, folder: Path, processes: int = 1, pause: float = 0.0) -> list[str]:
+    return [sys.executable, str(script), str(folder), str(processes), str(pause)]
+
+
+def table(folder: Path) -> list[dict[str, float]]:
+    """The metrics but for the clock."""
+    with (folder / "metrics.csv").open() as file:
+        rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+    for row in rows:
+        del row["minutes"]
+    return rows
+
+
+def weights(folder: Path, name: str = "last.ckpt") -> dict[str, Tensor]:
+    state: dict[str, Tensor] = torch.load(folder / name, weights_only=True)["state_dict"]
+    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(script, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    subprocess.run(command(script, folder), check=True, capture_output=True)
+    return folder
+
+
+def test_a_killed_training_ends_like_any_other(script, uninterrupted, tmp_path):
+    folder = tmp_path / "run"
+    with subprocess.Popen(
+        command(script, folder, pause=0.1), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        deadline = time.monotonic() + 120
+        while not (folder / "last.ckpt").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        time.sleep(0.3)  # amid the second chapter
+        process.send_signal(signal.SIGKILL)
+    assert len(table(folder)) < 5
+    subprocess.run(command(script, folder), check=True, capture_output=True)
+    assert table(folder) == table(uninterrupted)
+    for name in ("last.ckpt", "best.ckpt"):
+        after, expected = weights(folder, name), weights(uninterrupted, name)
+        assert all(torch.equal(after[key], expected[key]) for key in expected)
+    assert sorted(p.name for p in folder.iterdir()) == ["best.ckpt", "last.ckpt", "metrics.csv"]
+
+
+def test_two_processes_learn_what_one_does(script, uninterrupted, tmp_path):
+    folder = tmp_path / "run"
+    subprocess.run(command(script, folder, processes=2), check=True, capture_output=True)
+    one, two = table(uninterrupted), table(folder)
+    assert [row["step"] for row in one] == [row["step"] for row in two]
+    for key in ("validation", "learning_rate"):
+        torch.testing.assert_close(
+            torch.tensor([row[key] for row in two]),
+            torch.tensor([row[key] for row in one]),
+            rtol=1e-5,
+            atol=1e-5,
+        )
+    after, expected = weights(folder), weights(uninterrupted)
+    for key in expected:
+        torch.testing.assert_close(after[key], expected[key], rtol=1e-3, atol=1e-4)
+
+
+def train(objective: Objective, folder: Path, **keywords: object) -> list[dict[str, float]]:
+    data = torch.randn(200, 2, generator=torch.Generator().manual_seed(1)).square()
+    batches = endless(EndlessBatches(data, 50), chapter=10)
+    keywords = {"accelerator": "cpu", **keywords}
+    return fit(objective, batches, DataLoader(data, batch_size=100), folder, **keywords).rows  # type: ignore[arg-type]
+
+
+def normflows_model(target: nn.Module | None = None) -> nn.Module:
+    base = normflows.distributions.DiagGaussian(2, trainable=False)
+    return normflows.NormalizingFlow(base, [MongeAmpere(RidgePotential(2, 16), steps=2)], target)
+
+
+@pytest.mark.parametrize("face", ["nflows", "normflows"])
+def test_density_estimation_learns(face, tmp_path):
+    flow = MongeAmpereFlow(2, 16, steps=2) if face == "nflows" else normflows_model()
+    rows = train(MaximumLikelihood(flow, learning_rate=2e-2, steps=60), tmp_path)
+    assert rows[-1]["validation"] < rows[0]["validation"] - 0.5
+    assert rows[-1]["step"] == 60
+    assert rows[-1]["learning_rate"] < 1e-6
+
+
+@pytest.mark.parametrize("face", ["nflows", "normflows"])
+def test_variational_training_comes_down_to_the_exact_free_energy(face, tmp_path):
+    class Ring(nn.Module):
+        """exp(-(|x| - 1)²), whose integral is known."""
+
+        def log_prob(self, x: Tensor) -> Tensor:
+            return -(torch.linalg.vector_norm(x, dim=1) - 1).square()
+
+    # 2π ∫ r exp(-(r - 1)²) dr = π (1/e + √π (1 + erf 1))
+    exact = -math.log(math.pi * (math.exp(-1) + math.sqrt(math.pi) * (1 + math.erf(1))))
+    if face == "nflows":
+        objective = ReverseKL(
+            MongeAmpereFlow(2, 16, steps=2), Ring(), learning_rate=2e-2, steps=150
+        )
+    else:
+        objective = ReverseKL(normflows_model(Ring()), learning_rate=2e-2, steps=150)
+    train(objective, tmp_path)
+    objective.num_samples = 4000
+    with torch.no_grad(), refined(objective.flow):
+        gap = float(objective.loss(None)) - exact
+    assert -0.03 < gap < 0.15
+
+
+def test_minutes_end_a_training(tmp_path):
+    start = time.monotonic()
+    rows = train(MaximumLikelihood(MongeAmpereFlow(2, 4), minutes=0.03), tmp_path)
+    assert 1.5 < time.monotonic() - start < 60
+    assert rows[-1]["minutes"] >= 0.03
+    assert rows[-1]["step"] < 10_000
+
+
+class Spoil(Callback):
+    """Undoes what was learnt, from the fourth chapter on."""
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 3:
+            with torch.no_grad():
+                pl_module.flow._transform.potential.amplitude.sub_(0.5)
+
+
+def test_the_flow_is_left_with_the_best_weights(tmp_path):
+    objective = MaximumLikelihood(MongeAmpereFlow(2, 16, steps=2), learning_rate=1e-2, steps=50)
+    rows = train(objective, tmp_path, callbacks=[Spoil()])
+    best = min(row["validation"] for row in rows)
+    assert best < rows[-1]["validation"] - 0.1
+    data = torch.randn(200, 2, generator=torch.Generator().manual_seed(1)).square()
+    with torch.no_grad(), refined(objective.flow):
+        assert float(objective.loss(data)) == pytest.approx(best, abs=1e-5)
+
+
+class Exploding(MaximumLikelihood):
+    """Goes wrong in the way and at the step that it is told."""
+
+    fault, step = "nan", 25
+
+    def loss(self, batch: object) -> Tensor:
+        loss = super().loss(batch)
+        if self.training and self.trainer.global_step >= self.step:
+            if self.fault == "error":
+                raise IntegrationError("a field without bounds")
+            loss = loss + {"nan": math.nan, "infinite": math.inf, "huge": 1e4}[self.fault]
+        return loss
+
+
+@pytest.mark.parametrize("fault", ["nan", "infinite", "huge", "error"])
+def test_divergence_stops_the_training_and_keeps_the_best(fault, tmp_path):
+    objective = Exploding(MongeAmpereFlow(2, 4), steps=100)
+    objective.fault = fault
+    with pytest.raises(DivergenceError, match=r"diverged at step \d+: .*best.ckpt.* Try a lower"):
+        train(objective, tmp_path)
+    kept = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert kept["global_step"] <= 30
+    assert all(torch.isfinite(value).all() for value in weights(tmp_path).values())
+    restore(objective, tmp_path / "best.ckpt")
+    with torch.no_grad():
+        assert torch.isfinite(objective.flow.log_prob(torch.randn(3, 2))).all()
+
+
+def test_divergence_before_the_first_checkpoint_says_so(tmp_path):
+    objective = Exploding(MongeAmpereFlow(2, 4), steps=100)
+    objective.step = 0
+    with pytest.raises(DivergenceError, match="no checkpoint was written"):
+        train(objective, tmp_path)
+
+
+def coarse_flow() -> MongeAmpereFlow:
+    """One Euler step with stiff ridges: its density is one of the solver's making."""
+    flow = MongeAmpereFlow(2, 32, steps=1, solver="euler")
+    nn.init.normal_(flow._transform.potential.weight, std=3.0)
+    return flow
+
+
+def test_an_unwatched_training_exploits_a_coarse_solver(tmp_path):
+    """What the guard is for: the loss that training sees is not the loss."""
+    objective = MaximumLikelihood(coarse_flow(), learning_rate=2e-2, steps=100)
+    rows = train(objective, tmp_path)
+    assert rows[-1]["solver_error"] < -0.3
+    assert rows[-1]["solver_steps"] == 1
+
+
+def test_the_guard_catches_it(tmp_path):
+    objective = MaximumLikelihood(coarse_flow(), learning_rate=2e-2, steps=100)
+    rows = train(objective, tmp_path / "guarded", callbacks=[SolverGuard(0.05, most=256)])
+    assert rows[-1]["solver_steps"] > 1
+    assert abs(rows[-1]["solver_error"]) < 0.3
+    # and the steps are those of the checkpoint
+    again = MaximumLikelihood(coarse_flow(), steps=100)
+    restore(again, tmp_path / "guarded" / "best.ckpt")
+    assert again.flow._transform.steps == objective.flow._transform.steps > 1
+
+
+def test_the_guard_gives_up_in_words(tmp_path):
+    objective = MaximumLikelihood(coarse_flow(), learning_rate=2e-2, steps=100)
+    with pytest.raises(DivergenceError, match=r"error is .* nats at 1 steps.*more than 1 "):
+        train(objective, tmp_path, callbacks=[SolverGuard(0.05, most=1)])
+
+
+def test_a_checkpoint_of_another_flow_is_refused(tmp_path):
+    train(MaximumLikelihood(MongeAmpereFlow(2, 4), steps=10), tmp_path)
+    with pytest.raises(ValueError, match=r"is the checkpoint of another flow: .*expected"):
+        train(MaximumLikelihood(MongeAmpereFlow(2, 5), steps=10), tmp_path)
+    with pytest.raises(ValueError, match="is the checkpoint of another flow"):
+        restore(MaximumLikelihood(MongeAmpereFlow(2, 5), steps=1), tmp_path / "best.ckpt")
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path):
+    objective = MaximumLikelihood(MongeAmpereFlow(2, 4), steps=10)
+    train(objective, tmp_path)
+    content = (tmp_path / "last.ckpt").read_bytes()
+    (tmp_path / "last.ckpt").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"last.ckpt is damaged or no checkpoint"):
+        train(objective, tmp_path)
+    torch.save({"state_dict": {}}, tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match="it lacks budget, solver_steps"):
+        train(objective, tmp_path)
+    with pytest.raises(ValueError, match="path: there is no checkpoint"):
+        restore(objective, tmp_path / "none.ckpt")

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import math
+
+import normflows
+import pytest
+import torch
+from nflows.distributions import StandardNormal
+from nflows.flows import Flow
+from nflows.transforms import PointwiseAffineTransform
+from torch import nn
+
+from nflows_mongeampere import MongeAmpereFlow, MongeAmpereTransform, RidgePotential
+from nflows_mongeampere.normflows import MongeAmpere
+from nflows_mongeampere.training import MaximumLikelihood, ReverseKL
+
+
+class Normal(nn.Module):
+    """An unnormalised normal density whose integral is e^3."""
+
+    def log_prob(self, x: torch.Tensor) -> torch.Tensor:
+        normal = torch.distributions.Normal(1.0, 2.0)
+        return normal.log_prob(x).flatten(1).sum(1) + 3
+
+
+def model(face: str, target: nn.Module | None = None) -> nn.Module:
+    if face == "nflows":
+        return MongeAmpereFlow(2, 4)
+    base = normflows.distributions.DiagGaussian(2, trainable=False)
+    return normflows.NormalizingFlow(base, [MongeAmpere(RidgePotential(2, 4))], target)
+
+
+@pytest.mark.parametrize("face", ["nflows", "normflows"])
+def test_likelihood_of_an_identity_flow_is_that_of_its_base(face):
+    x = torch.randn(50, 2)
+    loss = MaximumLikelihood(model(face), steps=1).loss(x)
+    expected = -torch.distributions.Normal(0, 1).log_prob(x).sum(1).mean()
+    torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("batch", [list, tuple])
+def test_likelihood_takes_a_context(batch):
+    flow = MongeAmpereFlow(2, 4, context_features=3)
+    nn.init.normal_(flow._transform.potential.amplitude)
+    x, context = torch.randn(5, 2), torch.randn(5, 3)
+    loss = MaximumLikelihood(flow, steps=1).loss(batch((x, context)))
+    torch.testing.assert_close(loss, -flow.log_prob(x, context).mean())
+
+
+@pytest.mark.parametrize("face", ["nflows", "normflows"])
+def test_free_energy_of_an_exact_flow_is_that_of_its_target(face):
+    """F = -ln Z for every sample, where the flow is the target."""
+    if face == "nflows":
+        flow = Flow(PointwiseAffineTransform(-0.5, 0.5), StandardNormal([2]))
+        objective = ReverseKL(flow, Normal(), num_samples=10, steps=1)
+    else:
+        base = normflows.distributions.DiagGaussian(2)
+        nn.init.constant_(base.loc, 1.0)
+        nn.init.constant_(base.log_scale, math.log(2))
+        flow = normflows.NormalizingFlow(base, [], Normal())
+        objective = ReverseKL(flow, num_samples=10, steps=1)
+    torch.testing.assert_close(objective.loss(None), torch.tensor(-3.0))
+
+
+def test_free_energy_is_an_upper_bound_whose_gradient_reaches_the_flow():
+    flow = model("nflows")
+    loss = ReverseKL(flow, Normal(), num_samples=1000, steps=1).loss(None)
+    # KL(N(0, 1) || N(1, 2)) = ln 2 - 3/8 + 1/8, twice
+    expected = -3 + 2 * (math.log(2) - 1 / 4)
+    assert abs(loss.item() - expected) < 0.1
+    loss.backward()
+    assert all(p.grad is not None for p in flow.parameters())
+
+
+def test_the_rate_rises_and_falls_with_the_budget():
+    objective = MaximumLikelihood(model("nflows"), steps=100, warmup_steps=9)
+    rates = []
+    for step in (0, 4, 9, 50, 100):
+        objective.progress = step / 100
+        rates.append(objective._rate(step))
+    half = [0.5 * (1 + math.cos(math.pi * p)) for p in (0, 0.04, 0.09, 0.5, 1)]
+    torch.testing.assert_close(rates, [0.1 * half[0], 0.5 * half[1], *half[2:]])
+    constant = MaximumLikelihood(model("nflows"), steps=100, warmup_steps=0, anneal=False)
+    constant.progress = 0.7
+    assert constant._rate(70) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"flow": 3}, TypeError, "flow: got int, expected a flow of nflows"),
+        ({"flow": nn.Linear(2, 2)}, TypeError, "flow: got Linear"),
+        ({"flow": MongeAmpereTransform(RidgePotential(2, 2))}, TypeError, "flow: got"),
+        ({"steps": None}, ValueError, "steps: got neither steps nor minutes"),
+        ({"steps": 0}, ValueError, "steps: got 0"),
+        ({"minutes": -1.0}, ValueError, "minutes: got -1"),
+        ({"learning_rate": 0.0}, ValueError, "learning_rate: got 0"),
+        ({"warmup_steps": -1}, ValueError, "warmup_steps: got -1"),
+        ({"anneal": 1}, TypeError, "anneal: got 1"),
+        ({"seed": 1.5}, TypeError, "seed: got 1.5"),
+    ],
+)
+def test_errors_name_the_argument(arguments, error, message):
+    with pytest.raises(error, match=message):
+        MaximumLikelihood(**{"flow": model("nflows"), "steps": 5, **arguments})
+
+
+def test_a_free_energy_needs_a_target():
+    with pytest.raises(TypeError, match="target: got NoneType, expected an object with log_prob"):
+        ReverseKL(model("nflows"), steps=1)
+    with pytest.raises(ValueError, match="num_samples: got 0"):
+        ReverseKL(model("nflows"), Normal(), num_samples=0, steps=1)
