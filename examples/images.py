@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import math
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -215,19 +216,20 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def mosaic(images: Tensor, side: int, columns: int) -> Tensor:
-    """Flattened images, side by side in rows."""
-    rows = images.reshape(-1, columns, side, side)
-    return rows.movedim(2, 1).reshape(len(rows) * side, columns * side)
+    """Flattened images, side by side in rows, with a gap of one pixel between them."""
+    tiles = F.pad(images.reshape(-1, columns, side, side), (0, 1, 0, 1), value=math.nan)
+    rows = tiles.movedim(2, 1).reshape(-1, columns * (side + 1))
+    return rows[:-1, :-1]
 
 
 def draw_rows(
-    figure: Figure | SubFigure, rows: dict[str, Tensor], side: int, greys: dict[str, Any]
+    figure: Figure | SubFigure, rows: Sequence[tuple[str, Tensor]], side: int, greys: dict[str, Any]
 ) -> None:
     """One row of images for each entry, labelled; coloured where values take both signs."""
     axes: Any = figure.subplots(len(rows), 1, squeeze=False)
-    for (label, images), axis in zip(rows.items(), axes[:, 0], strict=True):
+    for (label, images), axis in zip(rows, axes[:, 0], strict=True):
         signed = bool((images < -1).any())
         style = {"cmap": "RdBu_r", "vmin": -3, "vmax": 3} if signed else greys
-        axis.imshow(mosaic(images, side, len(images)), **style)
+        axis.imshow(mosaic(images.float(), side, len(images)), **style)
         axis.set(xticks=[], yticks=[])
         axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)

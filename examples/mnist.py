@@ -256,12 +256,12 @@ def settle_solver(flow: Flow, points: Tensor) -> None:
             transport.steps *= 2
 
 
-def evaluate(flow: Flow, images: Images, draws: int) -> dict[str, Any]:
+def evaluate(flow: Flow, validation: Tensor, test: Tensor, draws: int) -> dict[str, Any]:
     """The test loss, at solver steps that the validation images choose."""
-    settle_solver(flow, logits(images.validation[:2000], torch.Generator().manual_seed(1)))
+    settle_solver(flow, logits(validation, torch.Generator().manual_seed(1)))
     found, constants = [], []
     for draw in range(draws):
-        points = logits(images.test, torch.Generator().manual_seed(draw))
+        points = logits(test, torch.Generator().manual_seed(draw))
         found.append(losses(flow, points))
         # ln|dx/dy|, from the density of logits to that of pixels in [0, 1), for bits per pixel
         constants.append(Pixels(MARGIN)(points)[1].mean().item())
@@ -274,7 +274,7 @@ def evaluate(flow: Flow, images: Images, draws: int) -> dict[str, Any]:
     in_pixels = nll + sum(constants) / draws
     return {
         "nll": nll,
-        "nll_se": (loss.mean(0).std() / math.sqrt(len(images.test))).item(),
+        "nll_se": (loss.mean(0).std() / math.sqrt(len(test))).item(),
         "nll_draws": loss.mean(1).tolist(),
         "bits_per_dim": (in_pixels / FEATURES + math.log(LEVELS)) / math.log(2),
         "solver_steps": [transport.steps for transport in transports(flow)],
@@ -298,17 +298,17 @@ def draw_samples(flow: Flow, seed: int, folder: Path) -> None:
 def draw_path(flow: Flow, images: Images, folder: Path) -> float:
     """Digits into noise and back, transform by transform; returns the error, in grey levels."""
     originals = logits(images.test[:10], torch.Generator().manual_seed(0))
-    rows, points = {"digits": to_pixels(originals, MARGIN)}, originals
+    digits, points = to_pixels(originals, MARGIN), originals
+    rows = [("digits", digits)]
     stages = list(flow._transform._transforms)
     for stage in stages:
         points, _ = stage(points)
-        name = type(stage).__name__.removesuffix("Transform")
-        rows[name + " " * len(rows)] = points  # blanks, for two of a name
+        rows.append((type(stage).__name__.removesuffix("Transform"), points))
     for stage in reversed(stages):
         points, _ = stage.inverse(points)
     restored = to_pixels(points, MARGIN)
-    error = float((restored - rows["digits"]).abs().max()) * LEVELS
-    rows[f"restored to\n{error:.1g} grey levels"] = restored
+    error = float((restored - digits).abs().max()) * LEVELS
+    rows.append((f"restored to\n{error:.1g} grey levels", restored))
     figure = plt.figure(figsize=(10, 0.8 * len(rows)), layout="constrained")
     draw_rows(figure, rows, SIDE, GREYS)
     save_figure(figure, folder / "path.png")
@@ -321,7 +321,7 @@ def draw_learning(history: History, name: str, folder: Path) -> None:
     steps = [row["step"] for row in history.rows]
     for key in ("train", "validation"):
         axes.plot(steps, [row[key] for row in history.rows], label=f"{name}, {key}")
-    top = max(row["validation"] for row in history.rows)
+    top = max(PUBLISHED["MADE MoG"], *(row["validation"] for row in history.rows))
     for label, level in PUBLISHED.items():
         axes.axhline(level, color="grey", linewidth=0.7, linestyle=":")
         axes.text(steps[-1], level, f"{label}, published", fontsize=7, ha="right", va="bottom")
@@ -386,7 +386,12 @@ def run(config: dict[str, Any], out: Path, data_dir: Path | None, overwrite: boo
     )
     flow = flow.cpu().eval()
     best = min(history.rows, key=lambda row: row["validation"])
-    figures = evaluate(flow, images, config["draws"])
+    figures = evaluate(
+        flow,
+        images.validation[: config["validation_images"]],
+        images.test[: config["test_images"]],
+        config["draws"],
+    )
     draw_learning(history, config["preset"], out)
     draw_samples(flow, seed, out)
     results = Results(
@@ -407,9 +412,10 @@ def command(config: dict[str, Any]) -> str:
     """The command of a run, but for its folders."""
     budget = f"--minutes {config['minutes']:g}" if config["minutes"] else ""
     budget += f" --steps {config['steps']}" if config["steps"] else ""
+    quick = f" --test-images {config['test_images']}" if config["test_images"] < 10_000 else ""
     return (
         f"python examples/mnist.py --preset {config['preset']} {budget.strip()} "
-        f"--seed {config['seed']}"
+        f"--seed {config['seed']}{quick}"
     )
 
 
@@ -430,6 +436,9 @@ def main(
     validation_images: Annotated[
         int, typer.Option(min=1, max=10_000, help="That choose the checkpoint.")
     ] = 2000,
+    test_images: Annotated[
+        int, typer.Option(min=10, max=10_000, help="Fewer than all for a quick look alone.")
+    ] = 10_000,
     overwrite: Annotated[bool, typer.Option(help="Begin anew in a folder with a run.")] = False,
 ) -> None:
     """Train a flow on MNIST, evaluate it on the test set and draw what it does."""
@@ -443,6 +452,7 @@ def main(
             "seed": seed,
             "draws": draws,
             "validation_images": validation_images,
+            "test_images": test_images,
         }
         start = time.monotonic()
         results = run(config, out or Path("runs") / preset, data_dir, overwrite)

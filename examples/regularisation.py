@@ -24,6 +24,7 @@ from sklearn.datasets import make_moons
 from torch import Tensor
 
 from nflows_mongeampere import MongeAmpereFlow, transport_costs
+from nflows_mongeampere.files import write
 
 PENALTIES = (0.0, 1e-3, 1e-2, 3e-2)
 SHARPNESS = 6.0  # of the ridges at the start: the moons are thin
@@ -112,9 +113,7 @@ def main(
             ),
         )
     out.mkdir(parents=True, exist_ok=True)
-    partial = out / "results.json.partial"
-    partial.write_text(json.dumps(results, indent=2) + "\n")
-    partial.replace(out / "results.json")
+    write(out / "results.json", json.dumps(results, indent=2) + "\n")
     console.print(table)
 
 

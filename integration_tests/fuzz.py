@@ -47,6 +47,7 @@ from torch import Tensor, nn
 import nflows_mongeampere as package
 from nflows_mongeampere import (
     AutogradPotential,
+    ConvolutionalPotential,
     IntegrationError,
     Integrator,
     MongeAmpereFlow,
@@ -54,9 +55,11 @@ from nflows_mongeampere import (
     Potential,
     RidgePotential,
     files,
+    refined,
     transport_costs,
 )
 from nflows_mongeampere.normflows import MongeAmpere
+from nflows_mongeampere.training import EndlessBatches, MaximumLikelihood, ReverseKL, SolverGuard
 
 SECONDS = 20
 ROWS, FEATURES, CONTEXT = 4, 3, 2
@@ -71,6 +74,11 @@ ERRORS = (
 PACKAGE = str(Path(package.__file__).parent)
 PUBLIC = (
     AutogradPotential,
+    ConvolutionalPotential,
+    EndlessBatches,
+    MaximumLikelihood,
+    ReverseKL,
+    SolverGuard,
     Integrator,
     MongeAmpereFlow,
     MongeAmpereTransform,
@@ -83,6 +91,7 @@ PUBLIC = (
     MongeAmpereTransform.set_extra_state,
     MongeAmpereFlow.log_prob,
     MongeAmpereFlow.sample,
+    refined,
     transport_costs,
     files.save,
 )
@@ -415,7 +424,8 @@ def _of_tensor(x: Tensor) -> dict[str, Any]:
 def _potential(rng: random.Random) -> tuple[Potential, Tensor | None]:
     """A potential that moves points, and its context."""
     context = None
-    kind = rng.choice(["ridge", "few", "everything", "network", "hutchinson", "conditional"])
+    kinds = ["ridge", "few", "everything", "network", "hutchinson", "conditional"]
+    kind = rng.choice([*kinds, "convolutional"])
     potential: Potential
     if kind in ("ridge", "few"):
         activation = rng.choice(["softplus", "logcosh"])
@@ -424,12 +434,14 @@ def _potential(rng: random.Random) -> tuple[Potential, Tensor | None]:
         potential = RidgePotential(FEATURES, 6, context_features=CONTEXT, time_dependent=True)
     elif kind == "conditional":
         potential = AutogradPotential(Conditional())
+    elif kind == "convolutional":
+        potential = ConvolutionalPotential((1, FEATURES, 1), 2, kernel_size=3)
     else:
         laplacian = "exact" if kind == "network" else "hutchinson"
         potential = AutogradPotential(Network(), laplacian=laplacian)
     if kind in ("everything", "conditional"):
         context = torch.randn(ROWS, CONTEXT)
-    if isinstance(potential, RidgePotential):
+    if isinstance(potential, (RidgePotential, ConvolutionalPotential)):
         nn.init.normal_(potential.amplitude, std=0.3)
     if rng.random() < 0.3:
         potential = potential.double()
@@ -712,6 +724,90 @@ def ridge_constructor(rng: random.Random) -> Call:
             "time_dependent": FLAGS,
             "activation": CHOICES,
             "bias": FLAGS,
+        },
+    )
+
+
+def convolutional_constructor(rng: random.Random) -> Call:
+    shapes = {
+        repr(value)[:40]: value
+        for value in (
+            *((1, FEATURES), (1, FEATURES, 0), (1, FEATURES, -1), (1, 1, 1, FEATURES), "abc", 3),
+            *(None, [], [1, FEATURES, 1], (1.0, 2, 2), (1, 2**31, 2), torch.Size([1, 2, 2])),
+            *(torch.tensor([1, 2, 2]), {1, 2, 3}, {1: 1, 2: 2, 3: 3}, (1, True, 2), b"abc"),
+        )
+    }
+    return Call(
+        "ConvolutionalPotential",
+        lambda **arguments: _use(ConvolutionalPotential(**arguments)),
+        {"shape": (1, 2, 2), "kernels": 2, "kernel_size": 3, "activation": "softplus"},
+        {
+            "shape": shapes,
+            "kernels": INTEGERS,
+            "kernel_size": INTEGERS,
+            "activation": CHOICES,
+        },
+    )
+
+
+def refinements(rng: random.Random) -> Call:
+    transform, inputs, context = _transform(rng)
+
+    def evaluate(model: Any, factor: Any) -> Any:
+        with refined(model, factor):
+            return transform(inputs, context) if transform.steps <= 100 else []
+
+    models = {"no module": transform.forward, "None": None, "class": type(transform), "3": 3}
+    arguments = {"model": transform, "factor": 2}
+    return Call("refined", evaluate, arguments, {"model": models, "factor": INTEGERS})
+
+
+def objectives(rng: random.Random) -> Call:
+    """Training, up to its loss."""
+    flow = MongeAmpereFlow(FEATURES, 4)
+    target = normflows.distributions.DiagGaussian(FEATURES)
+    x = torch.randn(ROWS, FEATURES)
+    variational = rng.random() < 0.5
+
+    def evaluate(flow: Any, target: Any, num_samples: Any, **arguments: Any) -> list[Tensor]:
+        if not variational:
+            return [MaximumLikelihood(flow, **arguments).loss(x)]
+        objective = ReverseKL(flow, target, num_samples=num_samples, **arguments)
+        if objective.num_samples > 1000:
+            return []
+        return [objective.loss(x)]
+
+    flows = {"None": None, "class": MongeAmpereFlow, "transform": flow._transform, "3": 3}
+    return Call(
+        "training." + ("ReverseKL" if variational else "MaximumLikelihood"),
+        evaluate,
+        {
+            **{"flow": flow, "target": target, "num_samples": 4, "learning_rate": 1e-3, "steps": 5},
+            **{"minutes": 1.0, "warmup_steps": 3, "anneal": True, "seed": 0},
+        },
+        {
+            **{"flow": flows, "learning_rate": REALS, "steps": INTEGERS, "minutes": REALS},
+            **{"warmup_steps": INTEGERS, "anneal": FLAGS, "seed": INTEGERS},
+            **({"target": {"None": None, "3": 3}, "num_samples": INTEGERS} if variational else {}),
+        },
+    )
+
+
+def batches(rng: random.Random) -> Call:
+    """Batches of a training, and its guard."""
+    data = torch.randn(8, FEATURES)
+
+    def evaluate(data: Any, batch_size: Any, tolerance: Any, most: Any) -> list[Tensor]:
+        SolverGuard(tolerance, most)
+        return [EndlessBatches(data, batch_size)[3]]
+
+    return Call(
+        "training.EndlessBatches",
+        evaluate,
+        {"data": data, "batch_size": 2, "tolerance": 0.1, "most": 8},
+        {
+            "data": {"None": None, "list": [1.0, 2.0], "3": 3, "scalar": torch.tensor(1.0)},
+            **{"batch_size": INTEGERS, "tolerance": REALS, "most": INTEGERS},
         },
     )
 
@@ -1153,7 +1249,7 @@ TARGETS: tuple[Callable[[random.Random], Call], ...] = (
     *(costs, costs_of_batches, ridge_constructor, autograd_constructor, transform_constructor),
     *(integrator_constructor, flow_constructor, rubbish_modules, rubbish_potentials),
     *(rubbish_solvers, hostile_parameters, nested_modules, saves, loads, flipped_files),
-    *(state_dicts, beyond_memory),
+    *(state_dicts, beyond_memory, convolutional_constructor, refinements, objectives, batches),
 )
 
 

@@ -15,6 +15,7 @@ from nflows.flows import Flow
 from nflows.transforms import CompositeTransform, LULinear
 from torch import nn
 from torch.autograd.functional import hessian
+from torch.nn.utils import parametrize
 from torchdyn.numerics.solvers.ode import str_to_solver
 
 from nflows_mongeampere import MongeAmpereTransform, RidgePotential
@@ -402,3 +403,32 @@ def test_autocast_in_a_pipeline():
     torch.testing.assert_close(log_prob, expected, rtol=0.05, atol=0.05)
     log_prob.sum().backward()
     assert all(p.grad.isfinite().all() for p in flow.parameters())
+
+
+class Bounded(nn.Module):
+    """Rows no longer than two."""
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+        return rows * (2 * torch.tanh(lengths / 2) / lengths)
+
+
+@pytest.mark.parametrize("sensitivity", SENSITIVITIES)
+@pytest.mark.parametrize("potential", ["reduced", "direct"])
+def test_parametrised_weights_are_bounded_and_trained(potential, sensitivity):
+    case = Case(potential, sensitivity=sensitivity)
+    model = Model(case)
+    with torch.no_grad():
+        model.potential.weight.mul_(50)
+    before = model.potential.weight.detach().clone()
+    parametrize.register_parametrization(model.potential, "weight", Bounded())
+    lengths = torch.linalg.vector_norm(model.potential.weight, dim=1)
+    assert (lengths <= 2).all()
+    x, context = case.batch()
+    bounded = Model(case)
+    with torch.no_grad():
+        bounded.potential.weight.copy_(Bounded()(before))
+    loss, expected = (m.log_prob(x, context).sum() for m in (model, bounded))
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert model.potential.parametrizations.weight.original.grad.abs().sum() > 0

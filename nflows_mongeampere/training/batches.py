@@ -42,7 +42,12 @@ class EndlessBatches(Dataset[Tensor]):
         seed: int = 0,
         prepare: Preparation | None = None,
     ) -> None:
-        self.data, self.seed, self.prepare = data, seed, prepare
+        if not isinstance(data, Tensor) or data.dim() == 0:
+            raise TypeError(
+                f"data: got {validation.describe(data)}, expected a torch.Tensor of shape (N, ...)"
+            )
+        self.data, self.prepare = data, prepare
+        self.seed = validation.integer("seed", seed, minimum=0)
         self.batch_size = validation.integer("batch_size", batch_size)
         if self.batch_size > len(data):
             raise ValueError(

@@ -1,0 +1,111 @@
+"""The table and the pictures of finished MNIST runs, side by side.
+
+python examples/benchmarks/mnist_table.py runs/stacked runs/fast runs/maf --out docs/results/mnist
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import typer
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from images import mosaic, save_figure
+
+from nflows_mongeampere.files import write
+
+NAMES = {
+    "paper": "Monge-Ampère, as published",
+    "fast": "Monge-Ampère behind whitening",
+    "stacked": "Monge-Ampère, convolutional, behind marginals",
+    "realnvp": "nflows `SimpleRealNVP` behind whitening",
+    "maf": "nflows `MaskedAutoregressiveFlow` behind whitening",
+    "spline": "nflows rational-quadratic coupling behind whitening",
+}
+
+
+def line(results: dict[str, Any]) -> str:
+    """One row of the table."""
+    double = results["nll_double_steps"]
+    return (
+        f"| {NAMES[results['preset']]} | {results['parameters']:,} | {results['minutes']:.1f} "
+        f"| {results['nll']:.2f} ± {results['nll_se']:.2f} "
+        f"| {'' if double is None else f'{double:.2f}'} "
+        f"| {max(results['nll_draws']) - min(results['nll_draws']):.2f} "
+        f"| {results['bits_per_dim']:.4f} | `{results['command']}` |"
+    )
+
+
+def draw_samples(runs: list[tuple[Path, dict[str, Any]]], path: Path) -> None:
+    """32 samples of each flow."""
+    columns = min(3, len(runs))
+    rows = math.ceil(len(runs) / columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(4.2 * columns, 2.4 * rows), layout="constrained", squeeze=False
+    )
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, (folder, results) in zip(axes.flat, runs, strict=False):
+        samples = torch.from_numpy(np.load(folder / "samples.npy"))[:32].float()
+        axis.imshow(mosaic(samples, 28, 8), cmap="gray_r", vmin=0, vmax=255)
+        axis.set_title(f"{results['preset']}: {results['nll']:.1f} nats", fontsize=10)
+    save_figure(figure, path)
+
+
+def draw_curves(runs: list[tuple[Path, dict[str, Any]]], path: Path) -> None:
+    """Validation loss against time."""
+    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    for folder, results in runs:
+        with (folder / "metrics.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        axes.plot(
+            [float(row["minutes"]) for row in rows],
+            [float(row["validation"]) for row in rows],
+            label=results["preset"],
+        )
+    for level, name in ((1255.5, "Monge-Ampère, published"), (1038.5, "MADE MoG, published")):
+        axes.axhline(level, color="grey", linestyle=":", linewidth=0.8)
+        axes.text(0, level, name, fontsize=7, va="bottom")
+    axes.set(xlabel="minutes on two CPU cores", ylabel="validation NLL (nats)", ylim=(None, 1450))
+    axes.legend(frameon=False)
+    save_figure(figure, path)
+
+
+def main(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs.")],
+    out: Annotated[Path, typer.Option(help="Folder for the table, figures and metrics.")],
+) -> None:
+    """Collect finished runs into a table with figures, best first."""
+    found = []
+    for folder in runs:
+        if not (folder / "results.json").is_file():
+            typer.echo(f"error: {folder} holds no results.json: let its run end first", err=True)
+            raise typer.Exit(2)
+        found.append((folder, json.loads((folder / "results.json").read_text())))
+    found.sort(key=lambda run: run[1]["nll"])
+    out.mkdir(parents=True, exist_ok=True)
+    for folder, results in found:
+        write(out / f"{results['preset']}.json", json.dumps(results, indent=2) + "\n")
+        write(out / f"{results['preset']}.csv", (folder / "metrics.csv").read_text())
+    table = [
+        "| flow | parameters | minutes | test NLL (nats) | at twice the steps | spread of draws "
+        "| bits/dim | command |",
+        "|---|---|---|---|---|---|---|---|",
+        *(line(results) for _, results in found),
+    ]
+    write(out / "table.md", "\n".join(table) + "\n")
+    draw_samples(found, out / "samples.png")
+    draw_curves(found, out / "learning.png")
+    typer.echo("\n".join(table))
+
+
+if __name__ == "__main__":
+    typer.run(main)
