@@ -167,7 +167,12 @@ PRESETS = {
         paper, 1e-3, chapter=500, weight_decay=1e-3, anneal=False, clip=None, solver_tolerance=5.0
     ),
     "fast": Preset(
-        partial(behind_whitening, fast), 6e-3, batch_size=200, chapter=200, linear_rate=0.02
+        partial(behind_whitening, fast),
+        6e-3,
+        batch_size=200,
+        chapter=200,
+        solver_tolerance=2.0,
+        linear_rate=0.02,
     ),
     "stacked": Preset(stacked, 2e-2, chapter=200, linear_rate=0.02, solver_tolerance=2.0),
     "realnvp": Preset(partial(behind_whitening, realnvp), 5e-4, linear_rate=0.1),

@@ -1,9 +1,9 @@
 """What penalties on the costs of transport do to the steps that a flow needs.
 
-A Monge-Ampère flow learns two moons by maximum likelihood, with a penalty on the kinetic energy and
-the roughness of its paths. For each weight of the penalty the experiment reports the test NLL, from
-a solution so fine that it no longer changes, and the fewest steps that give every log-density of
-the test set to a hundredth of a nat.
+A Monge-Ampère flow learns two thin moons by maximum likelihood, with penalties on the kinetic energy
+and the roughness of its paths. For each pair of weights the experiment reports the test NLL, from a
+solution so fine that it no longer changes, and the fewest steps that give every log-density of the
+test set to a thousandth of a nat.
 
     python examples/regularisation.py --out runs/regularisation --iterations 800 --seeds 3
 """
@@ -26,9 +26,10 @@ from torch import Tensor
 from nflows_mongeampere import MongeAmpereFlow, transport_costs
 from nflows_mongeampere.files import write
 
-PENALTIES = (0.0, 1e-3, 1e-2, 3e-2)
+# weights of kinetic energy and of roughness
+PENALTIES = ((0.0, 0.0), (0.0, 1e-4), (0.0, 1e-3), (0.0, 1e-2), (1e-2, 0.0), (1e-2, 1e-3))
 SHARPNESS = 6.0  # of the ridges at the start: the moons are thin
-TOLERANCE = 0.01
+TOLERANCE = 1e-3
 FINE_STEPS = 64
 console = Console()
 
@@ -40,7 +41,7 @@ def moons(count: int, seed: int) -> Tensor:
     return (x - torch.tensor([0.5, 0.25])) / torch.tensor([0.87, 0.5])
 
 
-def train(penalty: float, iterations: int, seed: int) -> MongeAmpereFlow:
+def train(penalty: tuple[float, float], iterations: int, seed: int) -> MongeAmpereFlow:
     """A flow that has seen as many batches as any other."""
     torch.manual_seed(seed)
     flow = MongeAmpereFlow(2, 128, time_dependent=True, time=1.0, steps=8)
@@ -49,12 +50,13 @@ def train(penalty: float, iterations: int, seed: int) -> MongeAmpereFlow:
     optimizer = torch.optim.Adam(flow.parameters(), lr=1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
     data = moons(20_000, seed)
-    label = f"penalty {penalty:g}, seed {seed}"
+    kinetic, roughness = penalty
+    label = f"penalties {kinetic:g} and {roughness:g}, seed {seed}"
     for _ in track(range(iterations), description=label, console=console, transient=True):
         batch = data[torch.randint(len(data), (256,))]
         with transport_costs(flow) as costs:
             nll = -flow.log_prob(batch).mean()
-        loss = nll + penalty * (costs.kinetic.mean() + costs.roughness.mean())
+        loss = nll + kinetic * costs.kinetic.mean() + roughness * costs.roughness.mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(flow.parameters(), 10.0)
@@ -99,14 +101,22 @@ def main(
     """Train flows with several penalties and count the steps that they need."""
     test = moons(2000, seed=1000)
     table = Table(title=f"Two moons, {iterations} batches, {seeds} seeds: mean (range)")
-    for column in ("penalty", "test NLL (nats)", f"steps to {TOLERANCE} nats", "kinetic", "rough"):
+    for column in (
+        "kinetic",
+        "roughness",
+        "test NLL (nats)",
+        f"steps to {TOLERANCE} nats",
+        "∫|∇u|²",
+        "∫(dΔu/dt)²",
+    ):
         table.add_column(column, justify="right")
     results = []
     for penalty in PENALTIES:
         runs = [judge(train(penalty, iterations, seed), test) for seed in range(seeds)]
-        results += [{"penalty": penalty, "seed": seed, **run} for seed, run in enumerate(runs)]
+        weights = {"kinetic_penalty": penalty[0], "roughness_penalty": penalty[1]}
+        results += [{**weights, "seed": seed, **run} for seed, run in enumerate(runs)]
         table.add_row(
-            f"{penalty:g}",
+            *(f"{weight:g}" for weight in penalty),
             *(
                 spread([run[key] for run in runs], digits)
                 for key, digits in (("nll", 3), ("steps", 1), ("kinetic", 2), ("roughness", 1))

@@ -66,6 +66,16 @@ def positive(name: str, value: object) -> float:
     return number
 
 
+def number(name: str, value: object) -> float:
+    """Return ``value`` as a float if it is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), expected a number")
+    result = real(value)
+    if not math.isfinite(result):
+        raise ValueError(f"{name}: got {result}, expected a finite number")
+    return result
+
+
 def real(value: Real) -> float:
     """``value`` as a float, infinite where it is too large for one."""
     try:
