@@ -1,9 +1,9 @@
 """What penalties on the costs of transport do to the steps that a flow needs.
 
-A Monge-Ampère flow learns two thin moons by maximum likelihood, with penalties on the kinetic energy
-and the roughness of its paths. For each pair of weights the experiment reports the test NLL, from a
-solution so fine that it no longer changes, and the fewest steps that give every log-density of the
-test set to a thousandth of a nat.
+A Monge-Ampère flow learns two thin moons by maximum likelihood, with penalties on the kinetic
+energy and the roughness of its paths. For each pair of weights the experiment reports the test NLL,
+from a solution so fine that it no longer changes, and the fewest steps that give every log-density
+of the test set to a thousandth of a nat.
 
     python examples/regularisation.py --out runs/regularisation --iterations 800 --seeds 3
 """
