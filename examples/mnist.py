@@ -91,7 +91,7 @@ class Preset:
         weight_decay: as Adam has it.
         anneal: whether the learning rate falls to zero with the budget.
         clip: largest norm of the gradient.
-        solver_tolerance: nats, above which training doubles the solver's steps.
+        solver_tolerance: nats, above which training takes more of the solver's steps.
         linear_rate: learning rate of linear transforms, relative to the rest.
     """
 
@@ -171,7 +171,7 @@ PRESETS = {
         6e-3,
         batch_size=200,
         chapter=200,
-        solver_tolerance=2.0,
+        solver_tolerance=1.5,
         linear_rate=0.02,
     ),
     "stacked": Preset(stacked, 2e-2, chapter=200, linear_rate=0.02, solver_tolerance=2.0),

@@ -784,10 +784,12 @@ def objectives(rng: random.Random) -> Call:
         {
             **{"flow": flow, "target": target, "num_samples": 4, "learning_rate": 1e-3, "steps": 5},
             **{"minutes": 1.0, "warmup_steps": 3, "anneal": True, "seed": 0},
+            **{"kinetic": 0.1, "roughness": 0.0},
         },
         {
             **{"flow": flows, "learning_rate": REALS, "steps": INTEGERS, "minutes": REALS},
             **{"warmup_steps": INTEGERS, "anneal": FLAGS, "seed": INTEGERS},
+            **{"kinetic": REALS, "roughness": REALS},
             **({"target": {"None": None, "3": 3}, "num_samples": INTEGERS} if variational else {}),
         },
     )

@@ -66,13 +66,14 @@ def positive(name: str, value: object) -> float:
     return number
 
 
-def number(name: str, value: object) -> float:
-    """Return ``value`` as a float if it is a finite number."""
+def number(name: str, value: object, *, minimum: float = -math.inf) -> float:
+    """Return ``value`` as a float if it is a finite number that is at least ``minimum``."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), expected a number")
     result = real(value)
-    if not math.isfinite(result):
-        raise ValueError(f"{name}: got {result}, expected a finite number")
+    if not math.isfinite(result) or result < minimum:
+        least = "" if minimum == -math.inf else f" >= {minimum:g}"
+        raise ValueError(f"{name}: got {result}, expected a finite number{least}")
     return result
 
 

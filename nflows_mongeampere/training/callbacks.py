@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,11 @@ from nflows_mongeampere.transport import transports
 
 
 class SolverGuard(Callback):
-    """Doubles the steps of the flows when training exploits the solver's error.
+    """Takes more steps when training exploits the solver's error.
 
     An optimiser finds whatever error lowers the loss. After each validation the mean loss of some
     rows is compared with the one at twice the steps; where these differ by more than the tolerance,
-    the training goes on with twice the steps.
+    the training goes on with half as many steps again.
 
     Args:
         tolerance: the largest error of the mean loss, in nats.
@@ -41,13 +42,14 @@ class SolverGuard(Callback):
         if abs(error) <= self.tolerance:
             return
         for transport in transports(pl_module):
-            if 2 * transport.steps > self.most:
+            more = math.ceil(1.5 * transport.steps)
+            if more > self.most:
                 raise DivergenceError(
                     trainer,
                     f"the solver's error is {error:.2g} nats at {transport.steps} steps, above the "
                     f"tolerance of {self.tolerance:g}, and more than {self.most} are not allowed",
                 )
-            transport.steps *= 2
+            transport.steps = more
 
 
 class History(Callback):

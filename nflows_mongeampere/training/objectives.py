@@ -16,7 +16,7 @@ from nflows_mongeampere import validation
 from nflows_mongeampere.integration import IntegrationError
 from nflows_mongeampere.training.batches import mix
 from nflows_mongeampere.training.divergence import DivergenceError
-from nflows_mongeampere.transport import refined, transports
+from nflows_mongeampere.transport import refined, transport_costs, transports
 
 # rows of each validation batch on which the solver's error is measured
 WATCHED_ROWS = 20
@@ -40,6 +40,8 @@ class Objective(lightning.LightningModule):
             training ends with the first to be spent.
         warmup_steps: over which the learning rate rises.
         anneal: whether the learning rate falls; else it stays.
+        kinetic, roughness: weights of penalties on the mean costs of transport, which keep a flow
+            easy to integrate; see :func:`~nflows_mongeampere.transport_costs`.
         seed: of everything that is random in a step.
 
     Attributes:
@@ -57,6 +59,8 @@ class Objective(lightning.LightningModule):
         minutes: float | None = None,
         warmup_steps: int = 50,
         anneal: bool = True,
+        kinetic: float = 0.0,
+        roughness: float = 0.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -73,6 +77,8 @@ class Objective(lightning.LightningModule):
         self.minutes = None if minutes is None else validation.positive("minutes", minutes)
         self.warmup_steps = validation.integer("warmup_steps", warmup_steps, minimum=0)
         self.anneal = validation.boolean("anneal", anneal)
+        self.kinetic = validation.number("kinetic", kinetic, minimum=0)
+        self.roughness = validation.number("roughness", roughness, minimum=0)
         self.seed = validation.integer("seed", seed, minimum=0)
         self.progress = 0.0
         self._make_optimizer = optimizer
@@ -91,9 +97,17 @@ class Objective(lightning.LightningModule):
     def training_step(self, batch: Any, index: int) -> Tensor:
         torch.manual_seed(mix(self.seed, self.global_step, self.global_rank))
         try:
-            return self.loss(batch)
+            return self._penalised_loss(batch)
         except IntegrationError as error:
             raise DivergenceError(self.trainer, str(error)) from error
+
+    def _penalised_loss(self, batch: Any) -> Tensor:
+        if self.kinetic == self.roughness == 0:
+            return self.loss(batch)
+        with transport_costs(self.flow) as costs:
+            loss = self.loss(batch)
+        kinetic, roughness = costs.kinetic.mean(), costs.roughness.mean()
+        return loss + self.kinetic * kinetic + self.roughness * roughness
 
     @torch.no_grad()
     def validation_step(self, batch: Any, index: int) -> None:

@@ -10,7 +10,12 @@ from nflows.flows import Flow
 from nflows.transforms import PointwiseAffineTransform
 from torch import nn
 
-from nflows_mongeampere import MongeAmpereFlow, MongeAmpereTransform, RidgePotential
+from nflows_mongeampere import (
+    MongeAmpereFlow,
+    MongeAmpereTransform,
+    RidgePotential,
+    transport_costs,
+)
 from nflows_mongeampere.normflows import MongeAmpere
 from nflows_mongeampere.training import MaximumLikelihood, ReverseKL
 
@@ -72,6 +77,21 @@ def test_free_energy_is_an_upper_bound_whose_gradient_reaches_the_flow():
     assert all(p.grad is not None for p in flow.parameters())
 
 
+@pytest.mark.parametrize("face", ["nflows", "normflows"])
+def test_penalties_weigh_the_mean_costs(face):
+    flow, x = model(face), torch.randn(6, 2)
+    potential = next(m for m in flow.modules() if isinstance(m, RidgePotential))
+    nn.init.normal_(potential.amplitude)
+    objective = MaximumLikelihood(flow, steps=1, kinetic=0.3, roughness=0.02)
+    with transport_costs(flow) as costs:
+        nll = -flow.log_prob(x).mean()
+    expected = nll + 0.3 * costs.kinetic.mean() + 0.02 * costs.roughness.mean()
+    torch.testing.assert_close(objective._penalised_loss(x), expected)
+    torch.testing.assert_close(objective.loss(x), nll)
+    assert costs.kinetic.mean() > 0.01
+    assert costs.roughness.mean() > 0.01
+
+
 def test_the_rate_rises_and_falls_with_the_budget():
     objective = MaximumLikelihood(model("nflows"), steps=100, warmup_steps=9)
     rates = []
@@ -98,6 +118,9 @@ def test_the_rate_rises_and_falls_with_the_budget():
         ({"warmup_steps": -1}, ValueError, "warmup_steps: got -1"),
         ({"anneal": 1}, TypeError, "anneal: got 1"),
         ({"seed": 1.5}, TypeError, "seed: got 1.5"),
+        ({"kinetic": -0.1}, ValueError, "kinetic: got -0.1, expected a finite number >= 0"),
+        ({"roughness": math.nan}, ValueError, "roughness: got nan"),
+        ({"roughness": "none"}, TypeError, "roughness: got 'none'"),
     ],
 )
 def test_errors_name_the_argument(arguments, error, message):
