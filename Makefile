@@ -15,7 +15,7 @@ help: ## show this list
 demo: $(READY) ## train flows on handwritten digits, compare and draw them (about 4 minutes)
 	$(BIN)/python examples/digits.py --out runs/digits
 
-test: $(READY) ## run the tests with branch coverage (a few minutes)
+test: $(READY) ## run the tests with branch coverage (5 to 12 minutes)
 	$(BIN)/python -m pytest --cov
 
 test-versions: $(READY) $(OLDEST)/ready ## run the tests with the oldest and the newest dependencies

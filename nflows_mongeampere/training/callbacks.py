@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import sys
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,7 @@ class BudgetBar(Callback):
             initial=100 * pl_module.progress,
             desc=self.name,
             disable=not trainer.is_global_zero,
-            mininterval=0.5,
+            mininterval=0.5 if sys.stderr.isatty() else 30,  # seconds; a log needs fewer lines
             bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
         )
 
