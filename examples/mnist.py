@@ -251,12 +251,15 @@ def losses(flow: Flow, points: Tensor) -> Tensor:
 
 def settle_solver(flow: Flow, points: Tensor) -> None:
     """Double the solver's steps until that changes the mean loss of these images no more."""
-    while transports(flow):
-        coarse = losses(flow, points).mean()
+    if not transports(flow):
+        return
+    coarse = losses(flow, points).mean()
+    while True:
         with refined(flow):
-            change = float((losses(flow, points).mean() - coarse).abs())
-        if change < 0.02:
+            fine = losses(flow, points).mean()
+        if float((fine - coarse).abs()) < 0.02:
             return
+        coarse = fine
         for transport in transports(flow):
             transport.steps *= 2
 

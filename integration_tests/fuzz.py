@@ -103,7 +103,7 @@ NAMED = re.compile(rf"({'|'.join(sorted(NAMES))})[:= ]")
 
 
 def _sparse_csr(x: Tensor) -> Tensor:
-    return x.flatten(1).to_sparse_csr()
+    return x.reshape(len(x) if x.dim() > 1 else 1, -1).to_sparse_csr()
 
 
 def _inference(x: Tensor) -> Tensor:

@@ -2,12 +2,14 @@
 
 from nflows_mongeampere.accuracy import AccuracyWarning, ErrorEstimate, StepChoice
 from nflows_mongeampere.flow import MongeAmpereFlow
+from nflows_mongeampere.groups import Group
 from nflows_mongeampere.integration import IntegrationError, Integrator
 from nflows_mongeampere.potentials import (
     AutogradPotential,
     ConvolutionalPotential,
     Potential,
     RidgePotential,
+    SymmetrizedPotential,
 )
 from nflows_mongeampere.transform import MongeAmpereTransform
 from nflows_mongeampere.transport import Trajectory, TransportCosts, refined, transport_costs
@@ -18,6 +20,7 @@ __all__ = [
     "AutogradPotential",
     "ConvolutionalPotential",
     "ErrorEstimate",
+    "Group",
     "IntegrationError",
     "Integrator",
     "MongeAmpereFlow",
@@ -25,6 +28,7 @@ __all__ = [
     "Potential",
     "RidgePotential",
     "StepChoice",
+    "SymmetrizedPotential",
     "Trajectory",
     "TransportCosts",
     "__version__",

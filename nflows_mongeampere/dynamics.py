@@ -20,7 +20,7 @@ from nflows_mongeampere import validation
 from nflows_mongeampere.activations import Activation
 from nflows_mongeampere.differentiation import derivatives, differentiation
 
-Field = Callable[[Tensor, "float | Tensor", "Tensor | None"], "tuple[Tensor, Tensor]"]
+Field = Callable[[Tensor, "float | Tensor | None", "Tensor | None"], "tuple[Tensor, Tensor]"]
 
 
 class Dynamics:
@@ -62,6 +62,8 @@ class DirectDynamics(Dynamics):
         context: shape (B, ...) or None.
         potential: the module whose parameters the field depends on.
         costs: whether the state carries the costs of transport.
+        parameters: the tensors that the field depends on, where these are not the parameters of
+            ``potential`` and ``context``.
     """
 
     def __init__(
@@ -71,12 +73,15 @@ class DirectDynamics(Dynamics):
         context: Tensor | None,
         potential: nn.Module,
         costs: bool = False,
+        parameters: tuple[Tensor, ...] | None = None,
     ) -> None:
         self._field, self._costs = field, costs
         self._potential, self._context = potential, context
         self._event_shape = inputs.shape[1:]
         self.state = F.pad(inputs.flatten(1), (0, 3 if costs else 1))
-        self.parameters = (*potential.parameters(), *(() if context is None else (context,)))
+        if parameters is None:
+            parameters = (*potential.parameters(), *(() if context is None else (context,)))
+        self.parameters = parameters
 
     def __call__(self, t: float | Tensor, state: Tensor) -> Tensor:
         x = self._points(state)

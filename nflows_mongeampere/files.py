@@ -19,7 +19,12 @@ from safetensors.torch import save as serialize
 from torch import nn
 
 from nflows_mongeampere.flow import MongeAmpereFlow
-from nflows_mongeampere.potentials import ConvolutionalPotential, RidgePotential
+from nflows_mongeampere.groups import Group
+from nflows_mongeampere.potentials import (
+    ConvolutionalPotential,
+    RidgePotential,
+    SymmetrizedPotential,
+)
 from nflows_mongeampere.transform import MongeAmpereTransform
 from nflows_mongeampere.transport import Transport
 from nflows_mongeampere.version import __version__
@@ -163,7 +168,7 @@ def _describe(part: object, place: str) -> object:
     if isinstance(part, (list, tuple, nn.ModuleList)):
         return [_describe(p, f"{place}[{i}]") for i, p in enumerate(part)]
     name = type(part).__name__
-    if not isinstance(part, nn.Module) or KNOWN.get(name, (None,))[0] is not type(part):
+    if KNOWN.get(name, (None,))[0] is not type(part):
         raise TypeError(
             f"flow: {place} is a {type(part).__module__}.{name}, which cannot be described as "
             f"plain data; known are {', '.join(sorted(KNOWN))}; save its state_dict()"
@@ -256,6 +261,8 @@ KNOWN: dict[str, tuple[type, Callable[[Any], Arguments]]] = {
     for cls, arguments in (
         (RidgePotential, _ridge),
         (ConvolutionalPotential, _convolutional),
+        (SymmetrizedPotential, lambda p: {"potential": p.potential, "group": p.group}),
+        (Group, lambda g: {"generators": g.generators.tolist(), "lattice": g.lattice}),
         (MongeAmpereTransform, lambda t: {"potential": t.potential, **_transport(t)}),
         (MongeAmpereFlow, _monge_ampere_flow),
         (flows.Flow, _flow),
@@ -278,7 +285,8 @@ KNOWN: dict[str, tuple[type, Callable[[Any], Arguments]]] = {
 }
 
 # Where the values come with the tensors, only the shape has to be right.
-_CONSTRUCTORS: dict[str, Callable[..., nn.Module]] = {
+_CONSTRUCTORS: dict[str, Callable[..., Any]] = {
+    "Group": Group.generated_by,
     "PointwiseAffineTransform": lambda shape, scale: transforms.PointwiseAffineTransform(
         torch.zeros(shape), torch.ones(scale)
     ),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nflows_mongeampere import validation
 from nflows_mongeampere.differentiation import derivative, differentiation
-from nflows_mongeampere.dynamics import DirectDynamics, Dynamics
+from nflows_mongeampere.dynamics import Field
 from nflows_mongeampere.potentials.base import Potential, Time
 
 # Coordinates of the exact Laplacian that are differentiated at once.
@@ -55,11 +55,8 @@ class AutogradPotential(Potential):
         self.time_dependent = "t" in accepted
         self._context = accepted.get("context")
 
-    def dynamics(
-        self, inputs: Tensor, context: Tensor | None, evaluations: int, costs: bool = False
-    ) -> Dynamics:
-        field = partial(self._gradient_and_laplacian, probe=self._draw_probe(inputs))
-        return DirectDynamics(field, inputs, context, self, costs)
+    def _field(self, inputs: Tensor) -> Field:
+        return partial(self._gradient_and_laplacian, probe=self._draw_probe(inputs))
 
     def _check_context(
         self, name: str, x: Tensor, context: Tensor | None, like: Tensor | None

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nflows_mongeampere import validation
 from nflows_mongeampere.differentiation import usable
-from nflows_mongeampere.dynamics import DirectDynamics, Dynamics
+from nflows_mongeampere.dynamics import DirectDynamics, Dynamics, Field
 
 Time = float | Tensor
 
@@ -94,7 +94,7 @@ class Potential(nn.Module):
                 work on better coordinates when that pays.
             costs: whether the state carries the costs of transport.
         """
-        return DirectDynamics(self._gradient_and_laplacian, inputs, context, self, costs)
+        return DirectDynamics(self._field(inputs), inputs, context, self, costs)
 
     def check(
         self, x: Tensor, t: Time | None, context: Tensor | None
@@ -180,6 +180,10 @@ class Potential(nn.Module):
             f"potential: {type(self).__name__} has no method {method}; write one, as "
             "nflows_mongeampere.Potential explains"
         )
+
+    def _field(self, inputs: Tensor) -> Field:
+        """What one solve from ``inputs`` integrates, with everything random in it drawn."""
+        return self._gradient_and_laplacian
 
     def _gradient_and_laplacian(
         self, x: Tensor, t: Time | None, context: Tensor | None

@@ -93,6 +93,12 @@ class RidgePotential(Potential):
             else parameter(hidden, context_features, scale=1 / math.sqrt(context_features))
         )
 
+    @property
+    def even(self) -> bool:
+        """Whether u(-x) = u(x) by construction."""
+        moves = (self.bias, self.time_weight, self.context_weight)
+        return self.activation == "logcosh" and all(offset is None for offset in moves)
+
     def dynamics(
         self, inputs: Tensor, context: Tensor | None, evaluations: int, costs: bool = False
     ) -> Dynamics:
