@@ -19,7 +19,9 @@ from nflows_mongeampere import (
     MongeAmpereTransform,
     Potential,
     RidgePotential,
+    SymmetrizedPotential,
 )
+from nflows_mongeampere.groups import translations
 from nflows_mongeampere.normflows import MongeAmpere
 
 ACTIVATIONS = {"softplus": nn.functional.softplus, "logcosh": lambda h: h.cosh().log()}
@@ -94,6 +96,10 @@ POTENTIALS = {
         _ridge(4, 9, time_dependent=True, context_features=2), (1, 2, 2), 2
     ),
     "convolutional": Example(_convolutional((2, 1, 3), 2, kernel_size=3), (2, 1, 3)),
+    "symmetrized": Example(
+        lambda a: SymmetrizedPotential(RidgePotential(4, 2, activation=a), translations((2, 2))),
+        (2, 2),
+    ),
     "network": Example(lambda a: AutogradPotential(Network(3, a)), (3,)),
     "network-everything": Example(
         lambda a: AutogradPotential(ConditionalNetwork(4, a)), (1, 2, 2), 1
@@ -138,7 +144,8 @@ class Case:
             torch.manual_seed(seed)
             potential = POTENTIALS[self.potential].build(self.activation).double()
             if not isinstance(potential, AutogradPotential):
-                nn.init.normal_(potential.amplitude, std=0.5)
+                closed = getattr(potential, "potential", potential)
+                nn.init.normal_(closed.amplitude, std=0.5)
         return potential
 
     def batch(self, size: int = BATCH) -> tuple[Tensor, Tensor | None]:

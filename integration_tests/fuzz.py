@@ -48,17 +48,21 @@ import nflows_mongeampere as package
 from nflows_mongeampere import (
     AutogradPotential,
     ConvolutionalPotential,
+    Group,
     IntegrationError,
     Integrator,
     MongeAmpereFlow,
     MongeAmpereTransform,
     Potential,
     RidgePotential,
+    SymmetrizedPotential,
     files,
+    groups,
     refined,
     transport_costs,
 )
 from nflows_mongeampere.normflows import MongeAmpere
+from nflows_mongeampere.targets import Ising, Phi4
 from nflows_mongeampere.training import EndlessBatches, MaximumLikelihood, ReverseKL, SolverGuard
 
 SECONDS = 20
@@ -94,9 +98,17 @@ PUBLIC = (
     refined,
     transport_costs,
     files.save,
+    Group,
+    groups.point_group,
+    groups.reflections,
+    groups.sign_flip,
+    SymmetrizedPotential,
+    Ising,
+    Ising.log_prob,
+    Phi4,
 )
 NAMES = {name for public in PUBLIC for name in inspect.signature(public).parameters} - {"self"}
-NAMED = re.compile(rf"({'|'.join(sorted(NAMES))})[:= ]")
+NAMED = re.compile(rf"({'|'.join(sorted(NAMES))})(\[\d+\])?[:= ]")
 
 
 # Hostile values, by the kind of argument that they replace
@@ -691,7 +703,7 @@ def costs_of_batches(rng: random.Random) -> Call:
 def _use(model: nn.Module) -> list[Tensor]:
     """Evaluate what was built."""
     context = None
-    dtype = next(model.parameters()).dtype
+    dtype = next((p.dtype for p in model.parameters()), torch.float32)
     potential = next(m for m in model.modules() if isinstance(m, Potential))
     if potential.context_features is not None:
         context = torch.randn(ROWS, potential.context_features, dtype=dtype)
@@ -748,6 +760,91 @@ def convolutional_constructor(rng: random.Random) -> Call:
             "activation": CHOICES,
         },
     )
+
+
+def symmetrized_constructor(rng: random.Random) -> Call:
+    good = [[0, 1, 2], [1, 2, 0], [2, 0, 1]]
+    bad = {
+        repr(value)[:40]: value
+        for value in (
+            *(None, 3, "abc", b"abc", [], [[]], [[0, 1, 2], [1, 0, 2], [1, 2, 0]], [[0, 0, 1]]),
+            *([[1, 2, 3]], [[0, 1]], [[0, 1, 2, 3]], [0, 1, 2], [[0, 1, 2], [0, 1]], {1, 2, 3}),
+            *([([0, 1, 2], [1, 1, 0])], [([0, 1, 2], [1, 1])], [([0, 1, 2], [1.0, 1.0, -1.0])]),
+            *(
+                [[0.0, 1.0, 2.0]],
+                [[True, False, True]],
+                [[0, 1, None]],
+                [["a", "b", "c"]],
+                [[2**40]],
+            ),
+            *(torch.tensor(good), torch.tensor(good).double(), torch.eye(3), torch.zeros(0, 3)),
+            *(
+                torch.tensor(good, device="meta"),
+                torch.tensor(3),
+                groups.sign_flip(2),
+                nn.Identity(),
+            ),
+            *([([0, 1, 2], [1, 1, 1]), ([0, 1, 2], [-1, -1, -1])], [[2**40]], nn.Identity()),
+        )
+    }
+    potentials = {
+        "no potential": nn.Linear(3, 1),
+        "None": None,
+        "class": RidgePotential,
+        **{
+            "other width": RidgePotential(4, 2),
+            "network": AutogradPotential(Network()),
+            "nested": SymmetrizedPotential(RidgePotential(3, 2), good),
+        },
+    }
+    return Call(
+        "SymmetrizedPotential",
+        lambda **arguments: _use(SymmetrizedPotential(**arguments)),
+        {"potential": RidgePotential(FEATURES, 2), "group": good},
+        {"potential": potentials, "group": bad},
+    )
+
+
+def lattices(rng: random.Random) -> Call:
+    """Groups and targets on a lattice."""
+    shapes = {
+        repr(value)[:40]: value
+        for value in (
+            *(3, None, "abc", (), (0, 2), (2, -1), (1, 1), (2.0, 2), [2, 2], torch.Size([2, 3])),
+            *((2**31, 2), (2**20, 2**20), (True, 2), torch.tensor([2, 2]), {2, 3}, ((2,), 2)),
+        )
+    }
+    dimensions = {
+        repr(value)[:40]: value
+        for value in (3, None, "a", (), (2,), (-3,), (0.5,), [0, 1], (0, 0), (None,), 2**40)
+    }
+    kind = rng.choice(["translations", "point_group", "reflections", "Ising", "Phi4"])
+    if kind == "Ising":
+        x = torch.randn(ROWS, 4)
+        return Call(
+            "Ising.log_prob",
+            lambda x, **arguments: [Ising(**arguments).log_prob(x)],
+            {"length": 2, "temperature": 2.0, "boundary": "open", "x": x},
+            {
+                "length": INTEGERS,
+                "temperature": REALS,
+                "boundary": CHOICES,
+                "x": _of_tensor(x),
+            },
+        )
+    if kind == "Phi4":
+        return Call(
+            "Phi4.log_prob",
+            lambda **arguments: [Phi4(**arguments).log_prob(torch.ones(ROWS, 4))],
+            {"length": 2, "mass_squared": -1.0, "coupling": 1.0},
+            {"mass_squared": REALS, "coupling": REALS},
+        )
+    function = getattr(groups, kind)
+    arguments: dict[str, Any] = {"shape": (2, 2)}
+    hostile = {"shape": shapes}
+    if kind == "reflections":
+        arguments["dimensions"], hostile["dimensions"] = (0, 1), dimensions
+    return Call(kind, lambda **given: [function(**given).permutations], arguments, hostile)
 
 
 def refinements(rng: random.Random) -> Call:
@@ -1252,6 +1349,7 @@ TARGETS: tuple[Callable[[random.Random], Call], ...] = (
     *(integrator_constructor, flow_constructor, rubbish_modules, rubbish_potentials),
     *(rubbish_solvers, hostile_parameters, nested_modules, saves, loads, flipped_files),
     *(state_dicts, beyond_memory, convolutional_constructor, refinements, objectives, batches),
+    *(symmetrized_constructor, lattices),
 )
 
 

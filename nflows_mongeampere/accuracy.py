@@ -166,7 +166,7 @@ def _apply(
     transport: Transport, inputs: Tensor, context: Tensor | None, to_data: bool
 ) -> tuple[Tensor, Tensor]:
     """One solve, with the same random probe each time where the potential draws one."""
-    devices = [inputs.device] if getattr(inputs, "is_cuda", False) else []
+    devices = [inputs.device] if isinstance(inputs, Tensor) and inputs.is_cuda else []
     with torch.random.fork_rng(devices=devices):  # every solve starts from the caller's generator
         return transport._map("inputs", inputs, context, to_data)
 

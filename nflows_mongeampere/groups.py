@@ -11,8 +11,8 @@ from torch import Tensor
 
 from nflows_mongeampere import validation
 
-# Elements of the largest group that is built.
-LARGEST = 2**17
+# Elements of the largest group that is built, and entries of all of them.
+LARGEST, LARGEST_TABLE = 2**17, 2**26
 
 
 class Group:
@@ -126,6 +126,8 @@ class Group:
     def _generate(self, generators: Tensor, largest: int, lattice: tuple[int, ...] | None) -> None:
         """All products of the generators, breadth first; stops beyond ``largest`` elements."""
         features = generators.shape[-1]
+        most = min(LARGEST, LARGEST_TABLE // features)
+        largest = min(largest, most)
         identity = torch.stack([torch.arange(features), torch.ones(features, dtype=torch.long)])
         found, known, needed = [identity[None]], {_key(identity)}, []
         for generator in generators:
@@ -144,10 +146,10 @@ class Group:
                 frontier = products[fresh]
                 found.append(frontier)
         elements = torch.cat(found)
-        if len(elements) > LARGEST:
+        if len(elements) > most:
             raise ValueError(
-                f"group: the elements generate a group of more than {LARGEST} elements, too many "
-                "to average over"
+                f"group: the elements generate a group of more than {most} elements, too many to "
+                "average over; use fewer generators or a smaller lattice"
             )
         self.permutations, self.signs = elements[:, 0], elements[:, 1]
         self.generators = torch.stack(needed) if needed else identity[None]
@@ -247,8 +249,8 @@ def _element(name: str, value: Any) -> Tensor:
     try:
         pair = torch.as_tensor(
             value if isinstance(value, Tensor) else [torch.as_tensor(v).tolist() for v in value]
-        )
-    except (TypeError, ValueError, RuntimeError) as error:
+        ).cpu()
+    except (TypeError, ValueError, RuntimeError) as error:  # from tensors without data, too
         raise TypeError(
             f"{name}: got {value!r}, expected a permutation, or a pair of a permutation and signs"
         ) from error
@@ -261,7 +263,7 @@ def _element(name: str, value: Any) -> Tensor:
             f"{name}: got shape {tuple(pair.shape)}, expected a permutation, (D,), or a pair of a "
             "permutation and signs, (2, D)"
         )
-    pair = pair.long().cpu()
+    pair = pair.long()
     permutation, signs = pair
     if not torch.equal(permutation.sort().values, torch.arange(len(permutation))):
         raise ValueError(

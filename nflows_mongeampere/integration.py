@@ -263,8 +263,15 @@ class Integrator:
             grid = [start, stop] if adaptive else self._grid(start, stop, duration)
             span = states[-1].new_tensor([sign * (t - times[0]) for t in grid])
             field.evaluations = 0
-            with _search(solver):
-                state = problem(states[-1], span)[1][-1]
+            try:
+                with _search(solver):
+                    state = problem(states[-1], span)[1][-1]
+            except AssertionError as error:
+                raise IntegrationError(
+                    f"times: from {start:g} to {stop:g} in {len(grid) - 1} steps; torchdyn's "
+                    "adjoints cannot tell times so close apart: use fewer steps, times further "
+                    "apart, or sensitivity='recompute'"
+                ) from error
             if state.requires_grad:
                 state.register_hook(field.begin_backward)
             states.append(state)

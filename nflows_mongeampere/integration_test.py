@@ -488,3 +488,10 @@ def test_search_for_a_root_is_no_part_of_a_checkpoint():
         transform(torch.randn(4, 3, requires_grad=True))
         counts.append(len(calls))
     assert counts[1] < 3 * counts[0]
+
+
+@pytest.mark.parametrize("sensitivity", ["adjoint", "interpolated_adjoint"])
+def test_adjoints_say_when_times_are_too_close(sensitivity):
+    transform = MongeAmpereTransform(RidgePotential(2, 4), sensitivity=sensitivity)
+    with pytest.raises(IntegrationError, match=r"times: from 0 to 1e-12 .* cannot tell"):
+        transform.trajectory(torch.zeros(1, 2), [0.0, 1e-12])

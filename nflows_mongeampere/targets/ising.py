@@ -67,6 +67,11 @@ class Ising(Lattice):
         # the lattice is the product of two chains, and so are its eigenvectors
         values, vectors = torch.linalg.eigh(chain_adjacency(self.length, boundary))
         coupling = (values[:, None] + values) / self.temperature
+        if not bool(torch.isfinite(coupling).all()):
+            raise ValueError(
+                f"temperature: got {temperature}, at which the coupling 1/T is infinite; use a "
+                "higher one"
+            )
         self.alpha = SMALLEST_EIGENVALUE - coupling.min().item()
         self.register_buffer("_vectors", vectors, persistent=False)
         self.register_buffer("_eigenvalues", coupling + self.alpha, persistent=False)
@@ -80,8 +85,7 @@ class Ising(Lattice):
         # ln cosh x = |x| + ln(1 + e^(-2|x|)) - ln 2
         size = field.abs()
         logcosh = size + F.softplus(-2 * size) - math.log(2)
-        log_prob: Tensor = gaussian + logcosh.flatten(1).sum(1)
-        return log_prob
+        return self.vanishing(gaussian + logcosh.flatten(1).sum(1))
 
     @property
     def free_energy(self) -> float:

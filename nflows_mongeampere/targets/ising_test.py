@@ -195,6 +195,7 @@ def test_phi4_is_its_action():
         ({"length": 2.0}, TypeError, r"length: got 2\.0"),
         ({"temperature": 0.0}, ValueError, r"temperature: got 0\.0"),
         ({"temperature": -1.0}, ValueError, r"temperature: got -1\.0"),
+        ({"temperature": 5e-324}, ValueError, "temperature: got 5e-324, at which the coupling"),
         ({"temperature": "hot"}, TypeError, "temperature: got 'hot'"),
         ({"boundary": "free"}, ValueError, "boundary: got 'free', expected one of 'periodic'"),
     ],
@@ -217,6 +218,13 @@ def test_errors_name_the_argument(arguments, error, message):
 def test_phi4_errors_name_the_argument(arguments, error, message):
     with pytest.raises(error, match=message):
         Phi4(**{"length": 4, "mass_squared": 1.0, "coupling": 1.0, **arguments})
+
+
+@pytest.mark.parametrize("target", [Ising(4), Phi4(4, -1.0, 1.0)])
+def test_the_density_of_the_largest_fields_is_zero(target):
+    x = torch.full((2, 16), torch.finfo(torch.float32).max)
+    x[1] = -x[1]
+    assert target.log_prob(x).tolist() == [-math.inf, -math.inf]
 
 
 def test_fields_of_another_lattice_are_refused():

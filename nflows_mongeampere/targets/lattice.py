@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from normflows.distributions import Target
 from torch import Tensor
@@ -37,6 +39,11 @@ class Lattice(Target):
                 f"the {self.length} x {self.length} sites"
             )
         return x.reshape(len(x), self.length, self.length)
+
+    @staticmethod
+    def vanishing(log_prob: Tensor) -> Tensor:
+        """A log-density, -infinity where finite fields are so large that its terms overflow."""
+        return log_prob.nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
 
     def neighbour_products(self, field: Tensor) -> Tensor:
         """The sum of f(i) f(j) over the bonds of each field, shape (B,)."""

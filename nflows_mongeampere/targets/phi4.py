@@ -49,7 +49,7 @@ class Phi4(Lattice):
         # the sum of (a - b)² over the bonds, of which each site has four halves
         gradient = 4 * square.flatten(1).sum(1) - 2 * self.neighbour_products(field)
         local = self.mass_squared * square + self.coupling * square.square()
-        return -gradient - local.flatten(1).sum(1)
+        return self.vanishing(-gradient - local.flatten(1).sum(1))
 
     def extra_repr(self) -> str:
         return f"length={self.length}, mass_squared={self.mass_squared}, coupling={self.coupling}"
