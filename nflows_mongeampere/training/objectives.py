@@ -17,6 +17,7 @@ from nflows_mongeampere.integration import IntegrationError
 from nflows_mongeampere.training.batches import mix
 from nflows_mongeampere.training.divergence import DivergenceError
 from nflows_mongeampere.transport import refined, transport_costs, transports
+from nflows_mongeampere.variational import sample_and_log_prob
 
 # rows of each validation batch on which the solver's error is measured
 WATCHED_ROWS = 20
@@ -232,13 +233,6 @@ class ReverseKL(Objective):
         x, log_q = sample_and_log_prob(self.flow, self.num_samples)
         loss: Tensor = (log_q - self.target.log_prob(x)).mean()
         return loss
-
-
-def sample_and_log_prob(flow: Any, num_samples: int) -> tuple[Tensor, Tensor]:
-    """Samples with their log-density, shapes (N, ...) and (N,), from either library."""
-    pair = flow.sample_and_log_prob if hasattr(flow, "sample_and_log_prob") else flow.sample
-    x, log_q = pair(num_samples)
-    return x, log_q
 
 
 def _rows(batch: Any) -> int:
