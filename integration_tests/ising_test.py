@@ -1,0 +1,180 @@
+"""The Ising example: its parts against enumeration, its runs, what it refuses."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import itertools
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from nflows.distributions import StandardNormal
+from nflows.flows import Flow
+
+from nflows_mongeampere.groups import point_group, translations
+from nflows_mongeampere.targets import Ising
+from nflows_mongeampere.training import ReverseKL, SolverGuard, fit, restore
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def module(name: str):
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+        loaded = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = loaded
+        spec.loader.exec_module(loaded)
+    finally:
+        sys.path.remove(str(EXAMPLES))
+    return loaded
+
+
+ising = module("ising")
+
+
+def start(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, EXAMPLES / "ising.py", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "ising"
+    done = start("--length", 4, "--steps", 100, "--samples", 2000, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout[: done.stdout.rindex("}") + 1])["length"] == 4
+    return out
+
+
+def test_a_run_leaves_results_that_the_exact_solution_bears_out(run):
+    results = json.loads((run / "results.json").read_text())
+    target = Ising(4)
+    assert results["exact"] == target.free_energy
+    assert results["gap"] == pytest.approx(results["free_energy"] - target.free_energy)
+    assert 0 < results["gap"] < 0.1
+    assert abs(results["free_energy"] - results["free_energy_double_steps"]) < 1e-4
+    assert results["ess"] > 0.03
+    error = results["free_energy_corrected_se"]
+    assert results["free_energy_corrected"] == pytest.approx(target.free_energy, abs=4 * error)
+    for name in ("energy", "structure"):
+        (value, bar), (known, known_bar) = results[name], results[f"{name}_monte_carlo"]
+        assert abs(value - known) < 4 * math.hypot(bar, known_bar)
+    assert 0 < results["acceptance"] < 1
+    assert results["autocorrelation_time"] >= 1
+    assert results["command"] == "python examples/ising.py --length 4 --steps 100 --seed 0"
+
+
+def test_a_run_leaves_figures_metrics_and_checkpoints(run):
+    names = {path.name for path in run.iterdir()}
+    figures = {"learning.png", "path.png", "samples.png", "structure.png"}
+    files = {"best.ckpt", "last.ckpt", "config.json", "metrics.csv", "results.json"}
+    assert names == figures | files
+    with (run / "metrics.csv").open() as file:
+        assert [int(row["step"]) for row in csv.DictReader(file)] == [50, 100]
+
+
+def test_a_finished_run_is_not_overwritten_unasked(run):
+    before = (run / "results.json").read_text()
+    again = start("--length", 4, "--steps", 100, "--samples", 2000, "--out", run)
+    assert again.returncode == 2
+    assert "error: --out:" in again.stderr
+    assert (run / "results.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--length", 1], "--length"),
+        (["--temperature", 0], "error: temperature: got 0.0"),
+        (["--minutes", -1], "--minutes"),
+        (["--samples", 3], "--samples"),
+    ],
+)
+def test_nonsense_is_refused(arguments, message, tmp_path):
+    refused = start(*arguments, "--out", tmp_path / "run")
+    assert refused.returncode == 2
+    assert message in refused.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_flow_has_the_symmetries_of_the_lattice():
+    target = Ising(4)
+    torch.manual_seed(0)
+    flow = ising.make_flow(target, ising.Settings(pieces=2)).double()
+    for name, parameter in flow.named_parameters():
+        if name.endswith(("amplitude", "log_scale")):
+            torch.nn.init.normal_(parameter, std=2.0)
+    x = torch.randn(3, 16, dtype=torch.float64)
+    expected = flow.log_prob(x)
+    for image in [*translations((4, 4)).act(x), -x]:
+        torch.testing.assert_close(flow.log_prob(image), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_modes_are_a_transform_with_the_right_determinant():
+    torch.manual_seed(0)
+    modes = ising.LatticeModes(torch.randn(4, 4, dtype=torch.float64))
+    x = torch.randn(2, 16, dtype=torch.float64)
+    noise, logabsdet = modes(x)
+    back, inverse_logabsdet = modes.inverse(noise)
+    torch.testing.assert_close(back, x)
+    torch.testing.assert_close(inverse_logabsdet, -logabsdet)
+    jacobian = torch.autograd.functional.jacobian(lambda row: modes(row[None])[0][0], x[0])
+    torch.testing.assert_close(torch.linalg.slogdet(jacobian)[1], logabsdet[0])
+    for image in [*translations((4, 4)).act(x), *point_group((4, 4)).act(x)]:
+        torch.testing.assert_close(
+            Flow(modes, StandardNormal([16])).log_prob(image),
+            Flow(modes, StandardNormal([16])).log_prob(x),
+        )
+
+
+def test_cluster_monte_carlo_against_enumeration():
+    target = Ising(4)
+    rows = torch.tensor(list(itertools.product([-1.0, 1.0], repeat=16))).view(-1, 4, 4)
+    energy = -target.neighbour_products(rows) / 16
+    probability = (-16 * energy / target.temperature).double().softmax(0)
+    power = (torch.fft.fft2(rows).abs().square() / 16).double()
+    structure = (probability[:, None, None] * power).sum(0)
+    known = ising.reference(target, sweeps=20_000, seed=0)
+    assert known.energy.value == pytest.approx(
+        float(probability @ energy.double()), abs=4 * known.energy.error
+    )
+    assert known.energy.error < 0.01
+    value, error = known.structure
+    assert ((value - structure).abs() < 4.5 * error).all()
+
+
+def test_the_guard_catches_a_solver_that_is_too_coarse(tmp_path):
+    """One Euler step: without the guard the free energy falls below the exact one."""
+    target = Ising(4)
+    gaps = {}
+    for guarded in (False, True):
+        torch.manual_seed(0)
+        flow = ising.make_flow(target, ising.Settings(pieces=2, steps=1))
+        for transport in ising.transports(flow):
+            transport.integrator = replace(transport.integrator, solver="euler")
+        objective = ReverseKL(
+            flow,
+            target,
+            num_samples=64,
+            optimizer=lambda f: ising.make_optimizer(ising.Settings(learning_rate=0.02), 16, f),
+            steps=200,
+        )
+        ticks = torch.zeros(64, 1)
+        batches = ising.endless(ising.EndlessBatches(ticks, 64), 20)
+        checks = ising.DataLoader(ticks[:2], batch_size=1)
+        callbacks = [SolverGuard(0.05, most=1024)] if guarded else []
+        history = fit(objective, batches, checks, tmp_path / str(guarded), callbacks=callbacks)
+        restore(objective, tmp_path / str(guarded) / "last.ckpt")
+        torch.manual_seed(1)
+        gaps[guarded] = history.rows[-1]["train"] / 16 - target.free_energy
+        steps = [row["solver_steps"] for row in history.rows]
+    assert gaps[False] < -0.02  # what cannot be
+    assert gaps[True] > -0.02
+    assert steps[-1] > steps[0]
