@@ -593,7 +593,8 @@ def step_choices(rng: random.Random) -> Call:
         choice = transform.choose_steps(**arguments)
         assert choice.error <= choice.tolerance
         assert choice.steps == transform.steps
-        return [torch.tensor([choice.steps, choice.error, choice.tolerance])]
+        found = [choice.steps, choice.error, choice.tolerance]
+        return [torch.tensor(found, dtype=torch.float64)]
 
     return Call(
         f"{type(transform).__name__}.choose_steps",

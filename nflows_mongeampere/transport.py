@@ -314,7 +314,8 @@ class Transport(nn.Module):
         path = self._follow("inputs", inputs, context, moments)
         start = (inputs, torch.zeros_like(path[0][1]))
         points, logabsdet = zip(start, *path, strict=True)
-        return Trajectory(inputs.new_tensor(moments), torch.stack(points), torch.stack(logabsdet))
+        grid = torch.tensor(moments, dtype=inputs.dtype, device=inputs.device)
+        return Trajectory(grid, torch.stack(points), torch.stack(logabsdet))
 
     def _map(
         self, name: str, inputs: Tensor, context: Tensor | None, to_data: bool
