@@ -111,10 +111,18 @@ def main(
     ):
         table.add_column(column, justify="right")
     results = []
+    out.mkdir(parents=True, exist_ok=True)
     for penalty in PENALTIES:
-        runs = [judge(train(penalty, iterations, seed), test) for seed in range(seeds)]
-        weights = {"kinetic_penalty": penalty[0], "roughness_penalty": penalty[1]}
-        results += [{**weights, "seed": seed, **run} for seed, run in enumerate(runs)]
+        runs = []
+        for seed in range(seeds):
+            runs.append(judge(train(penalty, iterations, seed), test))
+            weights = {"kinetic_penalty": penalty[0], "roughness_penalty": penalty[1]}
+            results.append({**weights, "seed": seed, **runs[-1]})
+            write(out / "results.json", json.dumps(results, indent=2) + "\n")
+            console.print(
+                f"penalties {penalty[0]:g} and {penalty[1]:g}, seed {seed}: NLL "
+                f"{runs[-1]['nll']:.4f}, {runs[-1]['steps']} steps"
+            )
         table.add_row(
             *(f"{weight:g}" for weight in penalty),
             *(
@@ -122,8 +130,6 @@ def main(
                 for key, digits in (("nll", 3), ("steps", 1), ("kinetic", 2), ("roughness", 1))
             ),
         )
-    out.mkdir(parents=True, exist_ok=True)
-    write(out / "results.json", json.dumps(results, indent=2) + "\n")
     console.print(table)
 
 
