@@ -46,7 +46,7 @@ from nflows.transforms import (
     RandomPermutation,
     Transform,
 )
-from runs import open_folder
+from runs import open_folder, peak_memory, resident_memory
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -227,6 +227,7 @@ class Results:
         solver_steps: of each Monge-Ampère transform, for ``nll``.
         nll_double_steps: the same loss at twice these steps; None for other flows.
         reconstruction_error: largest error of pixels sent into noise and back, in grey levels.
+        peak_memory_mb: the most that the run held above the imports and the data.
     """
 
     preset: str
@@ -241,6 +242,7 @@ class Results:
     solver_steps: list[int]
     nll_double_steps: float | None
     reconstruction_error: float
+    peak_memory_mb: float
     command: str
 
 
@@ -344,6 +346,7 @@ def run(config: dict[str, Any], out: Path, data_dir: Path | None, overwrite: boo
     """One preset from the data to its results."""
     images = load_mnist(data_dir)
     open_folder(out, config, overwrite)
+    before = resident_memory()
     preset, seed = PRESETS[config["preset"]], config["seed"]
     torch.manual_seed(seed)
     flow = Flow(CompositeTransform(preset.build(images.train)), StandardNormal([FEATURES]))
@@ -385,6 +388,7 @@ def run(config: dict[str, Any], out: Path, data_dir: Path | None, overwrite: boo
         minutes=history.rows[-1]["minutes"],
         steps=int(best["step"]),
         reconstruction_error=draw_path(flow, images, out),
+        peak_memory_mb=peak_memory() - before,
         command=command(config),
         **figures,
     )

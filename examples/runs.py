@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -32,3 +33,20 @@ def open_folder(out: Path, config: dict[str, Any], overwrite: bool) -> None:
             )
     out.mkdir(parents=True, exist_ok=True)
     write(description, json.dumps(config, indent=2) + "\n")
+
+
+def resident_memory() -> float:
+    """The resident memory of this process, in MB; NaN where the system does not tell."""
+    status = Path("/proc/self/status")
+    return _kilobytes(status, "VmRSS") / 1000 if status.exists() else math.nan
+
+
+def peak_memory() -> float:
+    """The largest resident memory of this process so far, in MB; NaN where unknown."""
+    status = Path("/proc/self/status")
+    return _kilobytes(status, "VmHWM") / 1000 if status.exists() else math.nan
+
+
+def _kilobytes(status: Path, key: str) -> float:
+    (line,) = (line for line in status.read_text().splitlines() if line.startswith(f"{key}:"))
+    return float(line.split()[1])

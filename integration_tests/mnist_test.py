@@ -80,6 +80,7 @@ def test_a_run_leaves_results(run):
     assert results["solver_steps"] == [3]
     assert 0 < results["nll_se"] < 100
     assert results["reconstruction_error"] < 1
+    assert 0 < results["peak_memory_mb"] < 1500
     assert "--preset fast --steps 3 --seed 0" in results["command"]
 
 

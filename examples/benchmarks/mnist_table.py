@@ -22,6 +22,10 @@ from images import mosaic, save_figure
 
 from nflows_mongeampere.files import write
 
+# the published run: its loss after so many epochs of 500 steps (arXiv:1809.10188)
+PUBLISHED = {5: 1388, 10: 1370, 20: 1336, 50: 1290, 100: 1273, 200: 1264, 400: 1257}
+STEPS_OF_AN_EPOCH = 500
+
 NAMES = {
     "paper": "Monge-Ampère, as published",
     "fast": "Monge-Ampère behind whitening",
@@ -79,6 +83,19 @@ def draw_curves(runs: list[tuple[Path, dict[str, Any]]], path: Path) -> None:
     save_figure(figure, path)
 
 
+def draw_paper(folder: Path, path: Path) -> None:
+    """The published flow, trained as published: our learning curve and the published one."""
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    epochs = [float(row["step"]) / STEPS_OF_AN_EPOCH for row in rows]
+    axes.plot(list(PUBLISHED), list(PUBLISHED.values()), "s:", color="grey", label="published")
+    axes.plot(epochs, [float(row["validation"]) for row in rows], "o-", label="ours, validation")
+    axes.set(xlabel="epochs", ylabel="NLL (nats)", xscale="log")
+    axes.legend(frameon=False)
+    save_figure(figure, path)
+
+
 def main(
     runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs.")],
     out: Annotated[Path, typer.Option(help="Folder for the table, figures and metrics.")],
@@ -104,6 +121,9 @@ def main(
     write(out / "table.md", "\n".join(table) + "\n")
     draw_samples(found, out / "samples.png")
     draw_curves(found, out / "learning.png")
+    for folder, results in found:
+        if results["preset"] == "paper":
+            draw_paper(folder, out / "paper.png")
     typer.echo("\n".join(table))
 
 
