@@ -28,6 +28,7 @@ from nflows.distributions import StandardNormal
 from nflows.flows import Flow
 from nflows.transforms import CompositeTransform, Transform
 from runs import open_folder
+from scipy.optimize import brentq
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
@@ -71,9 +72,9 @@ class Settings:
         chapter: training steps between two validations.
     """
 
-    pieces: int = 4
-    kernels: int = 8
-    steps: int = 3
+    pieces: int = 12
+    kernels: int = 4
+    steps: int = 1
     samples: int = 64
     learning_rate: float = 5e-3
     chapter: int = 50
@@ -115,19 +116,50 @@ class LatticeModes(Transform):
         return stretched, log_scale.sum().expand(len(field))
 
 
+def best_gaussian(target: Ising) -> Tensor:
+    r"""Variances of the Fourier modes, (L, L), of the Gaussian of lowest free energy.
+
+    With :math:`\lambda_k` the eigenvalues of :math:`K + \alpha I`, they solve
+    :math:`1 / s_k = 1 / \lambda_k - c` with :math:`c = E\,\mathrm{sech}^2 x`, where x is normal with
+    the mean of :math:`s` as its variance.
+    """
+    wave = (2 * math.pi * torch.arange(target.length, dtype=torch.float64) / target.length).cos()
+    widths = 2 * (wave[:, None] + wave) / target.temperature + target.alpha
+    nodes, weights = (torch.from_numpy(part) for part in np.polynomial.hermite_e.hermegauss(150))
+
+    def variances(curvature: float) -> Tensor:
+        return 1 / (1 / widths - curvature)
+
+    def excess(curvature: float) -> float:
+        x = variances(curvature).mean().sqrt() * nodes
+        return float(weights @ x.cosh().pow(-2) / weights.sum()) - curvature
+
+    return variances(brentq(excess, 0, (1 - 1e-9) / float(widths.max()))).float()
+
+
+def smooth_kernels(length: int, count: int) -> Tensor:
+    """Noisy bells around the first site, from one site wide to the whole lattice, (count, L^2)."""
+    site = torch.arange(length)
+    along = torch.minimum(site, length - site).square()
+    distance = (along[:, None] + along).flatten()
+    widths = 0.4 * length ** torch.linspace(0, 1, count)
+    bells = torch.exp(-distance / (2 * widths[:, None].square()))
+    return nn.functional.normalize(bells * (1 + 0.3 * torch.randn(bells.shape)))
+
+
 def make_flow(target: Ising, settings: Settings) -> Flow:
-    """Modes at the widths of the field without spins, behind potentials of every translate."""
+    """The best Gaussian's modes, behind potentials of every translate."""
     length = target.length
-    wave = (2 * math.pi * torch.arange(length) / length).cos()
-    variance = 2 * (wave[:, None] + wave) / target.temperature + target.alpha
     group = translations((length, length))
 
     def piece() -> Transform:
         ridges = RidgePotential(target.sites, settings.kernels, activation="logcosh", bias=False)
+        with torch.no_grad():
+            ridges.weight.copy_(smooth_kernels(length, settings.kernels))
         return MongeAmpereTransform(SymmetrizedPotential(ridges, group), steps=settings.steps)
 
     pieces = [piece() for _ in range(settings.pieces)]
-    modes = LatticeModes(0.5 * variance.log())
+    modes = LatticeModes(0.5 * best_gaussian(target).log())
     return Flow(CompositeTransform([modes, *pieces]), StandardNormal([target.sites]))
 
 
