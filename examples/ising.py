@@ -120,8 +120,8 @@ def best_gaussian(target: Ising) -> Tensor:
     r"""Variances of the Fourier modes, (L, L), of the Gaussian of lowest free energy.
 
     With :math:`\lambda_k` the eigenvalues of :math:`K + \alpha I`, they solve
-    :math:`1 / s_k = 1 / \lambda_k - c` with :math:`c = E\,\mathrm{sech}^2 x`, where x is normal with
-    the mean of :math:`s` as its variance.
+    :math:`1 / s_k = 1 / \lambda_k - c` with :math:`c = E\,\mathrm{sech}^2 x`, where x is normal
+    with the mean of :math:`s` as its variance.
     """
     wave = (2 * math.pi * torch.arange(target.length, dtype=torch.float64) / target.length).cos()
     widths = 2 * (wave[:, None] + wave) / target.temperature + target.alpha

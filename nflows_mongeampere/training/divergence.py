@@ -9,7 +9,6 @@ from typing import Any
 
 import pytorch_lightning as lightning
 from pytorch_lightning.callbacks import Callback
-from torch import Tensor
 
 from nflows_mongeampere import validation
 
@@ -37,7 +36,7 @@ class DivergenceGuard(Callback):
         deviations: by how many median absolute deviations of the best 20 losses in a row the median
             of the last 20 may exceed theirs.
         rise: which rise is no explosion however still the losses are, in nats for each entry of
-            an event.
+            an event, which the objective counts.
     """
 
     def __init__(self, deviations: float = 10.0, rise: float = 0.1) -> None:
@@ -64,7 +63,7 @@ class DivergenceGuard(Callback):
         if median < self._best:
             self._best = median
             self._spread = statistics.median(abs(loss - median) for loss in self._recent)
-        allowed = max(self.deviations * self._spread, self.rise * _entries(batch))
+        allowed = max(self.deviations * self._spread, self.rise * getattr(pl_module, "entries", 1))
         if median > self._best + allowed:
             raise DivergenceError(
                 trainer, f"the loss has risen from {self._best:.6g} to {median:.6g} nats"
@@ -76,9 +75,3 @@ class DivergenceGuard(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._recent.extend(state_dict["recent"])
         self._best, self._spread = state_dict["best"], state_dict["spread"]
-
-
-def _entries(batch: Any) -> int:
-    """The number of entries of one event, 1 where the batch does not tell."""
-    first = batch[0] if isinstance(batch, (list, tuple)) else batch
-    return first[0].numel() if isinstance(first, Tensor) and first.dim() > 1 else 1

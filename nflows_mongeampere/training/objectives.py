@@ -48,6 +48,7 @@ class Objective(lightning.LightningModule):
     Attributes:
         flow: what is trained.
         progress: the part of the budget that is spent, from 0 to 1.
+        entries: of one event, as the last loss saw it: the scale of its noise.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Objective(lightning.LightningModule):
         self.roughness = validation.number("roughness", roughness, minimum=0)
         self.seed = validation.integer("seed", seed, minimum=0)
         self.progress = 0.0
+        self.entries = 1
         self._make_optimizer = optimizer
         self._seconds_before = 0.0
         self._start = time.monotonic()
@@ -192,6 +194,7 @@ class MaximumLikelihood(Objective):
         rows = batch if isinstance(batch, (list, tuple)) else [batch]
         flow: Any = self.flow
         loss: Tensor = -flow.log_prob(*rows).mean()
+        self.entries = rows[0][0].numel()
         return loss
 
 
@@ -232,6 +235,7 @@ class ReverseKL(Objective):
     def loss(self, batch: Any) -> Tensor:
         x, log_q = sample_and_log_prob(self.flow, self.num_samples)
         loss: Tensor = (log_q - self.target.log_prob(x)).mean()
+        self.entries = x[0].numel()
         return loss
 
 
