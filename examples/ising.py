@@ -128,13 +128,14 @@ def best_gaussian(target: Ising) -> Tensor:
     nodes, weights = (torch.from_numpy(part) for part in np.polynomial.hermite_e.hermegauss(150))
 
     def variances(curvature: float) -> Tensor:
-        return 1 / (1 / widths - curvature)
+        return (1 / widths - curvature).reciprocal()
 
     def excess(curvature: float) -> float:
         x = variances(curvature).mean().sqrt() * nodes
         return float(weights @ x.cosh().pow(-2) / weights.sum()) - curvature
 
-    return variances(brentq(excess, 0, (1 - 1e-9) / float(widths.max()))).float()
+    curvature: float = brentq(excess, 0, (1 - 1e-9) / float(widths.max()))
+    return variances(curvature).float()
 
 
 def smooth_kernels(length: int, count: int) -> Tensor:

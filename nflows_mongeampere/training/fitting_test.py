@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import math
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import normflows
 import pytest
@@ -21,6 +23,7 @@ from nflows_mongeampere import IntegrationError, MongeAmpereFlow, RidgePotential
 from nflows_mongeampere.normflows import MongeAmpere
 from nflows_mongeampere.training import (
     DivergenceError,
+    DivergenceGuard,
     EndlessBatches,
     MaximumLikelihood,
     Objective,
@@ -239,6 +242,19 @@ def test_divergence_before_the_first_checkpoint_says_so(tmp_path):
     objective.step = 0
     with pytest.raises(DivergenceError, match="no checkpoint was written"):
         train(objective, tmp_path)
+
+
+@pytest.mark.parametrize("entries", [1, 100])
+def test_which_rise_is_a_divergence_depends_on_the_size_of_an_event(entries):
+    """Five nats are many for one number, and noise for the sum over a lattice of a hundred."""
+    guard = DivergenceGuard()
+    trainer = SimpleNamespace(global_step=40, checkpoint_callback=None)
+    objective = SimpleNamespace(entries=entries)
+    losses = [*[-1.0] * 20, *[4.0] * 20]
+    stopped = contextlib.nullcontext() if entries > 50 else pytest.raises(DivergenceError)
+    with stopped:
+        for loss in losses:
+            guard.on_train_batch_end(trainer, objective, {"loss": loss}, None, 0)
 
 
 def coarse_flow() -> MongeAmpereFlow:

@@ -65,6 +65,7 @@ def test_free_energy_of_an_exact_flow_is_that_of_its_target(face):
         flow = normflows.NormalizingFlow(base, [], Normal())
         objective = ReverseKL(flow, num_samples=10, steps=1)
     torch.testing.assert_close(objective.loss(None), torch.tensor(-3.0))
+    assert objective.entries == 2
 
 
 def test_free_energy_is_an_upper_bound_whose_gradient_reaches_the_flow():
