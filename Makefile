@@ -7,7 +7,7 @@ OLDEST := .venv-oldest
 READY := $(VENV)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-versions mutants lint types format benchmark clean
+.PHONY: help demo test test-versions mutants lint types format docs benchmark clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ format: $(READY) ## mend style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(READY) ## build the documentation into runs/site, warnings and dead links as errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 benchmark: $(READY) ## measure speed and memory on an idle machine (about 6 minutes)
 	$(BIN)/python examples/benchmarks/speed.py --out runs/benchmarks
 
@@ -57,7 +60,7 @@ $(READY): pyproject.toml
 	    { echo "Python >= 3.10 is needed; $(PYTHON) is older. Try: make PYTHON=python3.12"; exit 1; }
 	@echo "Installing into $(VENV): about 3 minutes and 6 GB, once."
 	$(PYTHON) -m venv --clear --without-pip $(VENV)
-	$(PYTHON) -m pip --python $(BIN)/python install --editable ".[examples,test,lint]"
+	$(PYTHON) -m pip --python $(BIN)/python install --editable ".[examples,test,lint,docs]"
 	@touch $@
 
 VERSIONS := "from importlib.metadata import version; \

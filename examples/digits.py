@@ -24,7 +24,6 @@ from typing import Annotated, Any
 import matplotlib.pyplot as plt
 import torch
 import typer
-from images import Images, dequantise, draw_rows, save_figure, whitening
 from nflows.distributions import StandardNormal
 from nflows.flows import Flow, MaskedAutoregressiveFlow, SimpleRealNVP
 from nflows.transforms import (
@@ -40,6 +39,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from images import Images, dequantise, draw_rows, save_figure, whitening
 from nflows_mongeampere import MongeAmpereTransform, RidgePotential, refined
 from nflows_mongeampere.files import write
 from nflows_mongeampere.training import EndlessBatches, MaximumLikelihood, endless, fit

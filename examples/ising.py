@@ -23,17 +23,16 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import typer
-from images import save_figure
 from nflows.distributions import StandardNormal
 from nflows.flows import Flow
 from nflows.transforms import CompositeTransform, Transform
-from runs import open_folder
 from scipy.optimize import brentq
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from images import save_figure
 from nflows_mongeampere import (
     MongeAmpereTransform,
     RidgePotential,
@@ -54,6 +53,7 @@ from nflows_mongeampere.training import (
 )
 from nflows_mongeampere.transport import transports
 from nflows_mongeampere.variational import Estimate, WeightedSamples, weigh
+from runs import open_folder
 
 PUBLISHED = {16: -2.2940}  # free energy per site at L = 16, arXiv:1809.10188
 TOLERANCE = 1e-4  # of a free energy per site, when the solver's steps are doubled
@@ -124,7 +124,7 @@ def best_gaussian(target: Ising) -> Tensor:
     with the mean of :math:`s` as its variance.
     """
     wave = (2 * math.pi * torch.arange(target.length, dtype=torch.float64) / target.length).cos()
-    widths = 2 * (wave[:, None] + wave) / target.temperature + target.alpha
+    widths: Tensor = 2 * (wave[:, None] + wave) / target.temperature + target.alpha
     nodes, weights = (torch.from_numpy(part) for part in np.polynomial.hermite_e.hermegauss(150))
 
     def variances(curvature: float) -> Tensor:

@@ -22,6 +22,19 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import typer
+from nflows.distributions import StandardNormal
+from nflows.flows import Flow, MaskedAutoregressiveFlow, SimpleRealNVP
+from nflows.nn.nets import ResidualNet
+from nflows.transforms import (
+    CompositeTransform,
+    LULinear,
+    PiecewiseRationalQuadraticCouplingTransform,
+    RandomPermutation,
+    Transform,
+)
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
 from images import (
     Images,
     Marginals,
@@ -36,20 +49,6 @@ from images import (
     to_pixels,
     whitening,
 )
-from nflows.distributions import StandardNormal
-from nflows.flows import Flow, MaskedAutoregressiveFlow, SimpleRealNVP
-from nflows.nn.nets import ResidualNet
-from nflows.transforms import (
-    CompositeTransform,
-    LULinear,
-    PiecewiseRationalQuadraticCouplingTransform,
-    RandomPermutation,
-    Transform,
-)
-from runs import open_folder, peak_memory, resident_memory
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
-
 from nflows_mongeampere import (
     ConvolutionalPotential,
     MongeAmpereTransform,
@@ -67,6 +66,7 @@ from nflows_mongeampere.training import (
     fit,
 )
 from nflows_mongeampere.transport import transports
+from runs import open_folder, peak_memory, resident_memory
 
 SIDE, LEVELS, MARGIN = 28, 256, 1e-6
 FEATURES = SIDE * SIDE

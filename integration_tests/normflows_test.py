@@ -5,10 +5,10 @@ import copy
 import normflows
 import pytest
 import torch
-from cases import SENSITIVITIES, Case
 from torch import nn
 from torch.autograd.functional import jacobian
 
+from cases import SENSITIVITIES, Case
 from nflows_mongeampere import RidgePotential
 from nflows_mongeampere.normflows import MongeAmpere
 

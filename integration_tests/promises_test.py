@@ -4,8 +4,8 @@ import io
 
 import pytest
 import torch
-from cases import CASES, FACES, POTENTIALS, ROUND_TRIP, SENSITIVITIES, Case, Model
 
+from cases import CASES, FACES, POTENTIALS, ROUND_TRIP, SENSITIVITIES, Case, Model
 from nflows_mongeampere.dynamics import DirectDynamics, ReducedDynamics
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)

@@ -9,7 +9,6 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from cases import CASES, FACES, POTENTIALS, ROUND_TRIP, SENSITIVITIES, Case, Model
 from nflows.distributions import StandardNormal
 from nflows.flows import Flow
 from nflows.transforms import CompositeTransform, LULinear
@@ -18,6 +17,7 @@ from torch.autograd.functional import hessian
 from torch.nn.utils import parametrize
 from torchdyn.numerics.solvers.ode import str_to_solver
 
+from cases import CASES, FACES, POTENTIALS, ROUND_TRIP, SENSITIVITIES, Case, Model
 from nflows_mongeampere import MongeAmpereTransform, RidgePotential
 
 EXPLICIT = [s for s in ROUND_TRIP if s != "ieuler"]

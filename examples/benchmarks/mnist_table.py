@@ -19,7 +19,6 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from images import mosaic, save_figure
-
 from nflows_mongeampere.files import write
 
 # the published run: its loss after so many epochs of 500 steps (arXiv:1809.10188)

@@ -1,0 +1,22 @@
+"""Formulas become MathML while the pages are built: no script, nothing to fetch."""
+
+from __future__ import annotations
+
+import html
+import re
+
+from latex2mathml.converter import convert
+
+INLINE = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.DOTALL)
+BLOCK = re.compile(r'<div class="arithmatex">\\\[(.*?)\\\]</div>', re.DOTALL)
+
+
+def on_page_content(content: str, **_: object) -> str:
+    """MkDocs calls this with the HTML of each page."""
+    content = INLINE.sub(lambda found: _mathml(found, "inline"), content)
+    return BLOCK.sub(lambda found: _mathml(found, "block"), content)
+
+
+def _mathml(found: re.Match[str], display: str) -> str:
+    mathml: str = convert(html.unescape(found[1]).strip(), display=display)
+    return mathml
