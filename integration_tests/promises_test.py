@@ -1,6 +1,8 @@
 """What every flow promises, walked through potential x activation x solver x sensitivity x face."""
 
 import io
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -120,3 +122,17 @@ def test_both_coordinates_are_walked(name, solver):
     model = Model(case)
     dynamics = model.potential.dynamics(*case.batch(), model.transport.integrator.evaluations)
     assert type(dynamics) is (ReducedDynamics if name.startswith("reduced") else DirectDynamics)
+
+
+def test_an_import_loads_no_compiler_and_no_training_engine():
+    """What takes seconds to import and most users never need."""
+    code = """
+import sys
+import torch, nflows, torchdyn.numerics
+before = set(sys.modules)
+import nflows_mongeampere
+heavy = {"torch._dynamo", "pytorch_lightning", "normflows", "scipy"}
+print(*(heavy & (set(sys.modules) - before)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

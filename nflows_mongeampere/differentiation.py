@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def uncompiled(method: Callable[P, R]) -> Callable[P, R]:
+    """``method`` outside of the graphs of torch.compile, which cannot be differentiated twice.
+
+    Unlike ``torch.compiler.disable`` alone it loads no compiler where none is used.
+    """
+
+    @wraps(method)
+    def call(*arguments: P.args, **keywords: P.kwargs) -> R:
+        if torch.compiler.is_compiling():
+            outside: Callable[P, R] = torch.compiler.disable(method)
+            return outside(*arguments, **keywords)
+        return method(*arguments, **keywords)
+
+    return call
 
 
 @contextmanager

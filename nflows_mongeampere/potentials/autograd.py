@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nflows_mongeampere import validation
-from nflows_mongeampere.differentiation import derivative, differentiation
+from nflows_mongeampere.differentiation import derivative, differentiation, uncompiled
 from nflows_mongeampere.dynamics import Field
 from nflows_mongeampere.potentials.base import Potential, Time
 
@@ -104,7 +104,7 @@ class AutogradPotential(Potential):
         what = "one value for each row; squeeze or sum the rest"
         return validation.returned("module", self.module, value, x.shape[:1], what)
 
-    @torch.compiler.disable  # the graph of a compiled function cannot be differentiated twice
+    @uncompiled
     def _gradient(self, x: Tensor, t: Time | None, context: Tensor | None) -> Tensor:
         with differentiation(x, context) as (point, row_context, keep_graph):
             return derivative(self._value(point, t, row_context), point, keep_graph)
@@ -114,7 +114,7 @@ class AutogradPotential(Potential):
         laplacian: Tensor = self._gradient_and_laplacian(x, t, context, probe=probe)[1]
         return laplacian
 
-    @torch.compiler.disable
+    @uncompiled
     def _gradient_and_laplacian(
         self,
         x: Tensor,
