@@ -11,6 +11,8 @@ the test set is read once. Without a flow the pipeline is a full-covariance Gaus
 
 from __future__ import annotations
 
+import extras  # noqa: F401
+
 import json
 import math
 import os

@@ -8,6 +8,8 @@ in logit space, y = logit(α + (1 - 2α) x) with α = 1e-6, as they were publish
 
 from __future__ import annotations
 
+import extras  # noqa: F401
+
 import json
 import math
 import os

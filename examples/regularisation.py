@@ -10,6 +10,8 @@ of the test set to a thousandth of a nat.
 
 from __future__ import annotations
 
+import extras  # noqa: F401
+
 import json
 import statistics
 from pathlib import Path

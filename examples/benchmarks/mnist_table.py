@@ -5,11 +5,15 @@ python examples/benchmarks/mnist_table.py runs/stacked runs/fast runs/maf --out 
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import extras  # noqa: F401
+
 import csv
 import json
 import math
-import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import matplotlib.pyplot as plt
@@ -17,7 +21,6 @@ import numpy as np
 import torch
 import typer
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from images import mosaic, save_figure
 from nflows_mongeampere.files import write
 

@@ -11,11 +11,16 @@ A section is a function from a ``Plan`` to a ``Section``; to add one, append it 
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import extras  # noqa: F401
+
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
-from pathlib import Path
 from typing import Annotated, TypeVar
 from unittest import mock
 
