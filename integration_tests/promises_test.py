@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+import nflows_mongeampere
 from cases import CASES, FACES, POTENTIALS, ROUND_TRIP, SENSITIVITIES, Case, Model
 from nflows_mongeampere.dynamics import DirectDynamics, ReducedDynamics
 
@@ -125,14 +126,25 @@ def test_both_coordinates_are_walked(name, solver):
 
 
 def test_an_import_loads_no_compiler_and_no_training_engine():
-    """What takes seconds to import and most users never need."""
+    """Nor plotting: what takes long to import and most users never need."""
     code = """
 import sys
 import torch, nflows, torchdyn.numerics
 before = set(sys.modules)
 import nflows_mongeampere
-heavy = {"torch._dynamo", "pytorch_lightning", "normflows", "scipy"}
+heavy = {"torch._dynamo", "pytorch_lightning", "normflows", "scipy", "matplotlib"}
 print(*(heavy & (set(sys.modules) - before)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def test_every_public_name_is_there_and_listed():
+    """MongeAmpereFlow is imported where it is first used."""
+    namespace = {}
+    exec("from nflows_mongeampere import *", namespace)
+    assert set(nflows_mongeampere.__all__) <= namespace.keys()
+    assert set(nflows_mongeampere.__all__) <= set(dir(nflows_mongeampere))
+    assert nflows_mongeampere.MongeAmpereFlow is namespace["MongeAmpereFlow"]
+    with pytest.raises(AttributeError, match="no attribute 'MongeampereFlow'"):
+        _ = nflows_mongeampere.MongeampereFlow

@@ -1,7 +1,10 @@
 """The Monge-Ampère flow for nflows and normflows, integrated by torchdyn."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from nflows_mongeampere.accuracy import AccuracyWarning, ErrorEstimate, StepChoice
-from nflows_mongeampere.flow import MongeAmpereFlow
 from nflows_mongeampere.groups import Group
 from nflows_mongeampere.integration import IntegrationError, Integrator
 from nflows_mongeampere.potentials import (
@@ -14,6 +17,9 @@ from nflows_mongeampere.potentials import (
 from nflows_mongeampere.transform import MongeAmpereTransform
 from nflows_mongeampere.transport import Trajectory, TransportCosts, refined, transport_costs
 from nflows_mongeampere.version import __version__
+
+if TYPE_CHECKING:
+    from nflows_mongeampere.flow import MongeAmpereFlow
 
 __all__ = [
     "AccuracyWarning",
@@ -35,3 +41,16 @@ __all__ = [
     "refined",
     "transport_costs",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import :class:`MongeAmpereFlow` where it is first used: nflows' flows load Matplotlib."""
+    if name == "MongeAmpereFlow":
+        from nflows_mongeampere.flow import MongeAmpereFlow
+
+        return MongeAmpereFlow
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
