@@ -1,0 +1,442 @@
+r"""The flows that the benchmarks compare, from four libraries, behind one interface.
+
+To add a flow, add a line to :data:`FLOWS`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import normflows
+import torch
+from nflows.distributions import StandardNormal
+from nflows.flows import Flow, MaskedAutoregressiveFlow, SimpleRealNVP
+from nflows.nn.nets import ResidualNet
+from nflows.transforms import (
+    CompositeTransform,
+    MaskedPiecewiseRationalQuadraticAutoregressiveTransform,
+    PiecewiseRationalQuadraticCouplingTransform,
+    ReversePermutation,
+    Transform,
+)
+from torch import Tensor, nn
+
+from nflows_mongeampere import (
+    AutogradPotential,
+    MongeAmpereTransform,
+    RidgePotential,
+    refined,
+)
+from nflows_mongeampere.transport import transports
+
+# the widest data whose trace is exact in the test; wider ones leave it to Hutchinson's estimate
+EXACT_FEATURES = 64
+BINS, TAIL_BOUND = 8, 5.0
+
+
+class Model(nn.Module):
+    """What the benchmarks ask of a flow with a standard normal base, whatever its library.
+
+    Attributes:
+        features: D.
+    """
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.features = features
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """The log-density of each row, shape (B,)."""
+        raise NotImplementedError
+
+    def sample(self, count: int) -> Tensor:
+        """Samples, shape (count, D)."""
+        return self.to_data(torch.randn(count, self.features))
+
+    def to_noise(self, x: Tensor) -> Tensor:
+        """Data to noise, shape (B, D)."""
+        raise NotImplementedError
+
+    def to_data(self, z: Tensor) -> Tensor:
+        """Noise to data, shape (B, D)."""
+        raise NotImplementedError
+
+    def settle(self, points: Tensor) -> None:
+        """Choose an accuracy at which the figures are those of the flow, not of its solver."""
+
+    @property
+    def evaluations(self) -> int:
+        """How often the last ``log_prob`` evaluated the velocity; 1 for flows that have none."""
+        return 1
+
+
+class Nflows(Model):
+    """Transforms of nflows, ours among them, from data to noise."""
+
+    def __init__(self, features: int, *transforms: Transform) -> None:
+        super().__init__(features)
+        self.flow = Flow(CompositeTransform(list(transforms)), StandardNormal([features]))
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        log_prob: Tensor = self.flow.log_prob(x)
+        return log_prob
+
+    def to_noise(self, x: Tensor) -> Tensor:
+        noise: Tensor = self.flow.transform_to_noise(x)
+        return noise
+
+    def to_data(self, z: Tensor) -> Tensor:
+        data: Tensor = self.flow._transform.inverse(z)[0]
+        return data
+
+    @torch.no_grad()
+    def settle(self, points: Tensor) -> None:
+        """Exact Laplacians where they are affordable; steps that halving would not change."""
+        flows = transports(self)
+        for module in self.modules():
+            if isinstance(module, AutogradPotential) and points.shape[1] <= EXACT_FEATURES:
+                module.laplacian_method = "exact"
+        if not flows:
+            return
+        tolerance = max(1e-3, 2.5e-5 * points.shape[1])
+        while max(flow.steps for flow in flows) < 64:
+            torch.manual_seed(0)  # the same probes for both
+            coarse = self.log_prob(points).mean()
+            torch.manual_seed(0)
+            with refined(self):
+                fine = self.log_prob(points).mean()
+            if float((fine - coarse).abs()) < tolerance:
+                break
+            for flow in flows:
+                flow.steps *= 2
+
+    @property
+    def evaluations(self) -> int:
+        return sum(flow.integrator.evaluations for flow in transports(self)) or 1
+
+
+class Normflows(Model):
+    """Flows of normflows, from noise to data."""
+
+    def __init__(self, features: int, *flows: normflows.flows.Flow) -> None:
+        super().__init__(features)
+        base = normflows.distributions.DiagGaussian(features, trainable=False)
+        self.flow = normflows.NormalizingFlow(base, list(flows))
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        if self.training:  # as normflows' examples do; without Lipschitz networks it does nothing
+            normflows.utils.update_lipschitz(self.flow, 5)
+        # the residual flow marks its input for autograd and keeps a graph, whatever the mode
+        log_prob: Tensor = self.flow.log_prob(x.clone())
+        return log_prob if torch.is_grad_enabled() else log_prob.detach()
+
+    def to_noise(self, x: Tensor) -> Tensor:
+        noise: Tensor = self.flow.inverse(x.clone())
+        return noise.detach()
+
+    def to_data(self, z: Tensor) -> Tensor:
+        data: Tensor = self.flow(z.clone())
+        return data.detach()
+
+
+class Zuko(Model):
+    """zuko's continuous flow, with its own adaptive solver and adjoint."""
+
+    def __init__(self, features: int, hidden: int) -> None:
+        super().__init__(features)
+        try:
+            from zuko.flows import CNF  # type: ignore[import-untyped]
+        except ImportError as error:
+            raise ImportError(
+                "this flow is zuko's, which is missing; install it with: "
+                'pip install "nflows-mongeampere[examples]"'
+            ) from error
+        exact = features <= 2
+        self.flow = CNF(features, hidden_features=(hidden, hidden), exact=exact)
+        self._evaluations = 0
+        self.flow.transform.ode.register_forward_hook(self._count)
+
+    def _count(self, *_: object) -> None:
+        self._evaluations += 1
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        self._evaluations = 0
+        log_prob: Tensor = self.flow().log_prob(x)
+        return log_prob
+
+    def to_noise(self, x: Tensor) -> Tensor:
+        noise: Tensor = self.flow().transform(x)
+        return noise
+
+    def to_data(self, z: Tensor) -> Tensor:
+        data: Tensor = self.flow().transform.inv(z)
+        return data
+
+    def settle(self, points: Tensor) -> None:
+        """The exact trace where it is affordable; zuko's tolerances are tight as they are."""
+        self.flow.transform.exact = points.shape[1] <= EXACT_FEATURES
+
+    @property
+    def evaluations(self) -> int:
+        return self._evaluations
+
+
+class Torchdyn(Model):
+    """torchdyn's continuous flow with one of its trace estimators, as in torchdyn's tutorial.
+
+    Args:
+        features: D.
+        hidden: width of the two hidden layers.
+        exact: ``autograd_trace``, or ``hutch_trace`` with normal probes.
+    """
+
+    def __init__(self, features: int, hidden: int, *, exact: bool) -> None:
+        super().__init__(features)
+        from torchdyn.core import NeuralODE  # imports slowly
+        from torchdyn.models import CNF, autograd_trace, hutch_trace
+        from torchdyn.nn import DepthCat
+
+        self._exact_trace = autograd_trace
+        velocity = nn.Sequential(
+            *(DepthCat(1), nn.Linear(features + 1, hidden), nn.Softplus()),
+            *(DepthCat(1), nn.Linear(hidden + 1, hidden), nn.Softplus()),
+            *(DepthCat(1), nn.Linear(hidden + 1, features)),
+        )
+        probes = torch.distributions.MultivariateNormal(torch.zeros(features), torch.eye(features))
+        self._flow = CNF(velocity, autograd_trace if exact else hutch_trace, probes)
+        self._ode = NeuralODE(
+            self._flow, solver="dopri5", sensitivity="autograd", atol=1e-4, rtol=1e-4
+        )
+
+    def _solve(self, x: Tensor, start: float, stop: float) -> tuple[Tensor, Tensor]:
+        r"""The points at ``stop``, and :math:`-\int \nabla \cdot f\, dt` on the way."""
+        self._ode.vf.nfe = 0
+        state = torch.cat([x.new_zeros(len(x), 1), x], dim=1)
+        _, states = self._ode(state, torch.tensor([start, stop]))
+        return states[-1][:, 1:], states[-1][:, 0]
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        z, minus_trace = self._solve(x, 0.0, 1.0)
+        normal = -0.5 * (z.square().sum(1) + self.features * math.log(2 * math.pi))
+        return normal - minus_trace
+
+    def to_noise(self, x: Tensor) -> Tensor:
+        return self._solve(x, 0.0, 1.0)[0]
+
+    def to_data(self, z: Tensor) -> Tensor:
+        return self._solve(z, 1.0, 0.0)[0]
+
+    def settle(self, points: Tensor) -> None:
+        """The exact trace where it is affordable, and a tighter tolerance."""
+        self._ode.atol = self._ode.rtol = 1e-5
+        if points.shape[1] <= EXACT_FEATURES:
+            self._flow.trace_estimator = self._exact_trace
+
+    @property
+    def evaluations(self) -> int:
+        return int(self._ode.vf.nfe)
+
+
+def ridge(features: int, hidden: int, *, transforms: int = 1, moving: bool = False) -> Model:
+    """Monge-Ampère flows with ridge potentials, in a row.
+
+    Ridges start as sharp as the data need: thin shapes in the plane, whitened pixels in images.
+    """
+    flows = []
+    for _ in range(transforms):
+        potential = RidgePotential(features, hidden // transforms, time_dependent=moving)
+        with torch.no_grad():
+            if features == 2:
+                potential.weight.mul_(3.0)
+            else:
+                axes = min(features, len(potential.weight))
+                potential.weight[:axes] = torch.eye(features)[:axes]
+        steps = {2: 6, 64: 4, 784: 3}[features]
+        flows.append(MongeAmpereTransform(potential, time=1.0, steps=max(2, steps // transforms)))
+    return Nflows(features, *flows)
+
+
+class Potential(nn.Module):
+    r"""A small network :math:`u(x, t)`, which starts at zero."""
+
+    def __init__(self, features: int, hidden: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(features + 1, hidden)
+        self.middle = nn.Linear(hidden, hidden)
+        self.outer = nn.Linear(hidden, 1, bias=False)
+        nn.init.zeros_(self.outer.weight)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        h = torch.tanh(self.inner(torch.cat([x, t.expand(len(x), 1)], dim=1)))
+        # a residual layer, so that the potential is no shallower function for being deeper
+        h = h + torch.tanh(self.middle(h))
+        potential: Tensor = self.outer(h).squeeze(1)
+        return potential
+
+
+def network(features: int, hidden: int) -> Model:
+    """A Monge-Ampère flow whose potential is a small network, differentiated by autograd."""
+    laplacian = "exact" if features <= 2 else "hutchinson"
+    potential = AutogradPotential(Potential(features, hidden), laplacian=laplacian)
+    return Nflows(features, MongeAmpereTransform(potential, steps=4))
+
+
+def realnvp(features: int, hidden: int) -> Model:
+    """Affine coupling layers of nflows."""
+    layers = 8 if features == 2 else 5
+    return Nflows(features, SimpleRealNVP(features, hidden, layers, 2)._transform)
+
+
+def maf(features: int, hidden: int) -> Model:
+    """Affine autoregressive layers of nflows."""
+    return Nflows(features, MaskedAutoregressiveFlow(features, hidden, 5, 2)._transform)
+
+
+def spline_coupling(features: int, hidden: int) -> Model:
+    """Rational-quadratic coupling layers of nflows."""
+    layers: list[Transform] = []
+    for i in range(6 if features == 2 else 4):
+        layers.append(
+            PiecewiseRationalQuadraticCouplingTransform(
+                (torch.arange(features) % 2 == i % 2).int(),
+                lambda inputs, outputs: ResidualNet(inputs, outputs, hidden, num_blocks=2),
+                num_bins=BINS,
+                tails="linear",
+                tail_bound=TAIL_BOUND,
+            )
+        )
+    return Nflows(features, *layers)
+
+
+def spline_autoregressive(features: int, hidden: int) -> Model:
+    """Rational-quadratic autoregressive layers of nflows."""
+    layers: list[Transform] = []
+    for _ in range(4 if features == 2 else 2):
+        layers += [
+            ReversePermutation(features),
+            MaskedPiecewiseRationalQuadraticAutoregressiveTransform(
+                features,
+                hidden,
+                num_bins=BINS,
+                tails="linear",
+                tail_bound=TAIL_BOUND,
+                num_blocks=2,
+            ),
+        ]
+    return Nflows(features, *layers)
+
+
+def normflows_realnvp(features: int, hidden: int) -> Model:
+    """Affine coupling blocks of normflows, as in its README."""
+    flows = []
+    for _ in range(16 if features == 2 else 6):
+        sizes = [features // 2, hidden, hidden, features]
+        network = normflows.nets.MLP(sizes, init_zeros=True)
+        flows.append(normflows.flows.AffineCouplingBlock(network))
+        flows.append(normflows.flows.Permute(features, mode="swap"))
+    return Normflows(features, *flows)
+
+
+def normflows_residual(features: int, hidden: int) -> Model:
+    """Invertible residual blocks of normflows, as in its example of them."""
+    flows = []
+    for _ in range(8 if features == 2 else 4):
+        sizes = [features, hidden, hidden, features]
+        network = normflows.nets.LipschitzMLP(sizes, lipschitz_const=0.9, init_zeros=True)
+        flows.append(normflows.flows.Residual(network, reduce_memory=True))
+        flows.append(normflows.flows.ActNorm(features))
+    return Normflows(features, *flows)
+
+
+def normflows_spline(features: int, hidden: int) -> Model:
+    """Rational-quadratic coupling and linear blocks of normflows, in turns as in its example."""
+    flows = []
+    for _ in range(4 if features <= EXACT_FEATURES else 3):
+        flows.append(
+            normflows.flows.CoupledRationalQuadraticSpline(
+                features, 2, hidden, num_bins=BINS, tail_bound=TAIL_BOUND
+            )
+        )
+        flows.append(normflows.flows.LULinearPermute(features))
+    return Normflows(features, *flows)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A flow to compare.
+
+    Attributes:
+        title: how tables call it.
+        build: makes it from the number of features and the width of its hidden layers.
+        widths: of the hidden layers, for each number of features that the flow can be trained at
+            within minutes.
+        rates: the highest learning rate of Adam, for each number of features. They are those of
+            3e-4, 1e-3, 3e-3, 1e-2 and 3e-2 with the lowest validation loss: on moons and
+            checkerboard together, on digits and on MNIST, with seed 100
+            (``architectures.py --learning-rate``).
+    """
+
+    title: str
+    build: Callable[[int, int], Model]
+    widths: Mapping[int, int]
+    rates: Mapping[int, float]
+
+    def make(self, features: int) -> Model:
+        """The flow at the size of the comparison."""
+        return self.build(features, self.widths[features])
+
+
+NETWORKS = {2: 64, 64: 128, 784: 512}
+RIDGES = {2: 128, 64: 512, 784: 1024}
+
+
+def _rates(plane: float, digits: float, mnist: float) -> dict[int, float]:
+    return {2: plane, 64: digits, 784: mnist}
+
+
+FLOWS = {
+    "ridge": Architecture("Monge-Ampère", ridge, RIDGES, _rates(1e-2, 1e-2, 3e-3)),
+    "moving": Architecture(
+        "Monge-Ampère, time-dependent",
+        partial(ridge, moving=True),
+        RIDGES,
+        _rates(1e-2, 1e-2, 3e-3),
+    ),
+    "stacked": Architecture(
+        "Monge-Ampère, two in a row", partial(ridge, transforms=2), RIDGES, _rates(1e-2, 1e-2, 3e-3)
+    ),
+    "network": Architecture("Monge-Ampère, network", network, NETWORKS, _rates(1e-2, 3e-3, 1e-3)),
+    "realnvp": Architecture("nflows RealNVP", realnvp, NETWORKS, _rates(1e-3, 1e-3, 1e-3)),
+    "maf": Architecture("nflows MAF", maf, NETWORKS, _rates(1e-3, 1e-3, 1e-3)),
+    "spline-coupling": Architecture(
+        "nflows RQ coupling", spline_coupling, NETWORKS, _rates(1e-3, 1e-3, 1e-3)
+    ),
+    "spline-autoregressive": Architecture(
+        "nflows RQ autoregressive", spline_autoregressive, NETWORKS, _rates(1e-3, 1e-3, 1e-3)
+    ),
+    "normflows-realnvp": Architecture(
+        "normflows real NVP", normflows_realnvp, NETWORKS, _rates(1e-3, 1e-3, 1e-3)
+    ),
+    "normflows-residual": Architecture(
+        "normflows residual", normflows_residual, NETWORKS, _rates(3e-3, 1e-3, 1e-3)
+    ),
+    "normflows-spline": Architecture(
+        "normflows neural spline", normflows_spline, NETWORKS, _rates(1e-3, 1e-3, 1e-3)
+    ),
+    "zuko": Architecture("zuko CNF", Zuko, NETWORKS, _rates(3e-3, 3e-3, 1e-3)),
+    "torchdyn-hutchinson": Architecture(
+        "torchdyn CNF, Hutchinson",
+        partial(Torchdyn, exact=False),
+        NETWORKS,
+        _rates(3e-3, 3e-3, 1e-3),
+    ),
+    "torchdyn-exact": Architecture(
+        "torchdyn CNF, exact trace",
+        partial(Torchdyn, exact=True),
+        {2: 64, 64: 128},
+        _rates(3e-3, 3e-3, 1e-3),
+    ),
+}
