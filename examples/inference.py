@@ -130,10 +130,13 @@ def monge_ampere(theta: Tensor, x: Tensor) -> NFlowsFlow:
         theta: parameters of the simulations, shape (N, D).
         x: their data, shape (N, C).
     """
-    potential = RidgePotential(theta.shape[1], 64, context_features=x.shape[1])
-    transform = CompositeTransform(
-        [standardizing_transform(theta), MongeAmpereTransform(potential, steps=6)]
-    )
+    flows = [
+        MongeAmpereTransform(
+            RidgePotential(theta.shape[1], 64, context_features=x.shape[1]), steps=4
+        )
+        for _ in range(2)
+    ]
+    transform = CompositeTransform([standardizing_transform(theta), *flows])
     flow = Flow(transform, StandardNormal(theta.shape[1:]), embedding_net=standardizing_net(x))
     return NFlowsFlow(flow, input_shape=theta[0].shape, condition_shape=x[0].shape)
 
@@ -251,7 +254,7 @@ def main(
     simulations: Annotated[int, typer.Option(min=100, help="Pairs to learn from.")] = 2000,
     observations: Annotated[int, typer.Option(min=1, help="Posteriors to check.")] = 5,
     seeds: Annotated[int, typer.Option(min=1, help="Trainings of each estimator.")] = 3,
-    epochs: Annotated[int, typer.Option(min=1, help="The most that a training may take.")] = 1000,
+    epochs: Annotated[int, typer.Option(min=1, help="The most that a training may take.")] = 500,
 ) -> None:
     """Train posteriors on the same simulations, hold them against exact ones, draw them."""
     out.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,222 @@
+"""Conditional flows at work: classes of digits, posteriors of sbi, the posterior of a VAE."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from sbi.inference import NPE
+from sbi.simulators.linear_gaussian import (
+    linear_gaussian,
+    true_posterior_linear_gaussian_mvn_prior,
+)
+from sbi.utils.tracking import TensorBoardTracker
+from sklearn.datasets import load_digits
+from torch.distributions import MultivariateNormal
+from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+import conditional_digits  # noqa: E402
+import inference  # noqa: E402
+import vae  # noqa: E402
+from nflows_mongeampere.training import EndlessBatches, endless, fit  # noqa: E402
+
+
+def run(script, *options):
+    command = [sys.executable, EXAMPLES / script, *options]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+# classes of digits
+
+
+@pytest.fixture(scope="module")
+def labelled_digits():
+    return conditional_digits.load()
+
+
+def test_each_digit_has_its_own_label(labelled_digits):
+    images, labels = labelled_digits
+    bunch = load_digits()
+    known = {tuple(row): label for row, label in zip(bunch.data, bunch.target, strict=True)}
+    for part in ("train", "validation", "test"):
+        for row, label in zip(getattr(images, part), getattr(labels, part), strict=True):
+            assert known[tuple(row.tolist())] == label
+
+
+def test_the_flow_learns_that_the_class_matters(labelled_digits, tmp_path):
+    images, labels = labelled_digits
+    flow = conditional_digits.conditional_pipeline(images.train)
+    rows = conditional_digits.labelled(images.train, labels.train)
+    watched = conditional_digits.dequantised(
+        conditional_digits.labelled(images.validation, labels.validation), torch.Generator()
+    )
+    batches = EndlessBatches(rows, 100, 0, conditional_digits.dequantised)
+    fit(
+        conditional_digits.ClassLikelihood(flow, learning_rate=1e-2, steps=80),
+        endless(batches, chapter=80),
+        DataLoader(watched, batch_size=len(watched)),
+        tmp_path,
+    )
+    result = conditional_digits.score(flow.eval(), images.test[:150], labels.test[:150])
+    assert result.accuracy > 0.85  # 0.1 by chance
+    assert result.nll < result.mixture_nll < 100  # 101.0 for the Gaussian of digits.py
+    assert abs(result.nll - result.nll_double_steps) < 0.05
+
+
+# posteriors of sbi
+
+
+def test_the_posterior_of_a_linear_gaussian_is_found():
+    mean, prior = torch.zeros(2), MultivariateNormal(torch.zeros(2), torch.eye(2))
+    noise = torch.tensor([[0.5, 0.3], [0.3, 0.4]])
+    shift = torch.tensor([1.0, -1.0])
+    theta = prior.sample((1000,))
+    x = linear_gaussian(theta, shift, noise)
+    with tempfile.TemporaryDirectory() as folder, SummaryWriter(folder) as writer:
+        trainer = NPE(
+            prior,
+            inference.monge_ampere,
+            tracker=TensorBoardTracker(writer),
+            show_progress_bars=False,
+        )
+        trainer.append_simulations(theta, x).train(learning_rate=1e-2, stop_after_epochs=8)
+    posterior = trainer.build_posterior()
+    for observed in torch.tensor([[1.0, -1.0], [2.0, -1.5]]):
+        exact = true_posterior_linear_gaussian_mvn_prior(observed, shift, noise, mean, torch.eye(2))
+        samples = posterior.sample((4000,), x=observed, show_progress_bars=False)
+        torch.testing.assert_close(samples.mean(0), exact.mean, rtol=0, atol=0.12)
+        torch.testing.assert_close(samples.T.cov(), exact.covariance_matrix, rtol=0, atol=0.07)
+        # within what the densities differ by, the divergence from the exact posterior is zero
+        divergence = posterior.log_prob(samples, x=observed) - exact.log_prob(samples)
+        assert divergence.mean().abs() < 0.05
+
+
+def test_the_estimator_answers_in_the_shapes_of_sbi():
+    theta, x = torch.randn(20, 3), torch.randn(20, 4)
+    estimator = inference.monge_ampere(theta, x)
+    with torch.no_grad():
+        for parameter in estimator.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        assert estimator.loss(theta, x).shape == (20,)
+        samples = estimator.sample((7,), x[:5])
+        assert samples.shape == (7, 5, 3)
+        log_prob = estimator.log_prob(samples, x[:5])
+        assert log_prob.shape == (7, 5)
+        each = estimator.log_prob(samples[:, 2:3], x[2:3])
+        torch.testing.assert_close(each, log_prob[:, 2:3])
+        samples, log_prob = estimator.sample_and_log_prob((7,), x[:1])
+        expected = estimator.log_prob(samples, x[:1])
+        torch.testing.assert_close(log_prob, expected, rtol=1e-3, atol=1e-3)
+    estimator.loss(theta, x).mean().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in estimator.parameters())
+
+
+@pytest.mark.parametrize(
+    ("task", "width"), [(inference.Task.two_moons, 0.02), (inference.Task.gaussian_mixture, 0.2)]
+)
+def test_exact_samples_are_those_of_simulations_that_hit_the_observation(task, width):
+    problem = inference.PROBLEMS[task]
+    observed = problem.simulate(problem.prior.sample((1,)))[0]
+    theta = problem.prior.sample((2_000_000,))
+    hit = theta[((problem.simulate(theta) - observed).abs() < width).all(1)]
+    exact = problem.posterior(observed, 5000)
+    assert len(hit) > 300
+    scale = exact.std(0)
+    error = 4 * scale * (1 / len(hit) + 1 / len(exact)) ** 0.5
+    for statistic in (lambda t: t, torch.abs):
+        a, b = statistic(hit), statistic(exact)
+        assert ((a.mean(0) - b.mean(0)).abs() < error + width / 2).all()
+    quantiles = torch.tensor([0.1, 0.3, 0.7, 0.9])
+    for row in (0, 1):
+        a, b = hit[:, row].quantile(quantiles), exact[:, row].quantile(quantiles)
+        assert ((a - b).abs() < 3 * error[row] + width).all()
+
+
+# the posterior of a VAE
+
+
+@pytest.fixture(scope="module")
+def black_and_white(labelled_digits):
+    images, _ = labelled_digits
+    return tuple(map(vae.black_and_white, (images.train, images.validation, images.test)))
+
+
+@pytest.mark.parametrize("name", list(vae.POSTERIORS))
+def test_the_bounds_of_the_evidence_are_in_order(name, black_and_white, tmp_path):
+    train, watched, test = black_and_white
+    test = test[:100]
+    model = vae.POSTERIORS[name]()
+    before = vae.score(name, model, test, seed=0)
+    fit(
+        vae.NegativeELBO(model, learning_rate=5e-3, steps=100),
+        endless(EndlessBatches(train, 100), chapter=100),
+        DataLoader(watched, batch_size=len(watched)),
+        tmp_path,
+    )
+    after = vae.score(name, model.eval(), test, seed=0)
+    assert after.elbo > before.elbo + 5
+    assert after.elbo < after.weighted < after.evidence + 0.02
+    assert abs(after.elbo - after.elbo_double_steps) < 0.02
+    finer = vae.log_evidence(model, test, 2 * vae.GRID).mean().item()
+    assert after.evidence == pytest.approx(finer, abs=0.01)
+
+
+def test_an_encoder_knows_the_density_of_its_latents(black_and_white):
+    model = vae.conditional()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        x = black_and_white[0][:4]
+        z, log_q = model.q0(x, num_samples=3)
+        assert z.shape == (4, 3, vae.LATENTS)
+        assert log_q.shape == (4, 3)
+        expected = model.q0.flow.log_prob(z.flatten(0, 1), context=x.repeat_interleave(3, dim=0))
+        torch.testing.assert_close(log_q.flatten(), expected, rtol=1e-3, atol=1e-3)
+
+
+# the commands
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "picture"),
+    [
+        ("conditional_digits.py", ("--seconds", "1"), "conditional.png"),
+        (
+            "inference.py",
+            ("--simulations=100", "--observations=1", "--seeds=1", "--epochs=1"),
+            "inference.png",
+        ),
+        ("vae.py", ("--seconds", "1", "--seeds", "1"), "vae.png"),
+    ],
+)
+def test_an_example_writes_what_it_promises(script, options, picture, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = run(script, *options, "--out", "out")
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "out"
+    assert sorted(path.name for path in out.iterdir()) == sorted([picture, "results.json"])
+    assert (out / picture).read_bytes().startswith(b"\x89PNG")
+    results = json.loads((out / "results.json").read_text())
+    assert results["command"].startswith(f"python examples/{script} ")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]  # no logs of sbi beside it
+    assert "Monge-Ampère" in done.stdout or "given the class" in done.stdout
+
+
+def test_a_missing_sbi_names_the_extra():
+    code = f"""
+import runpy, sys
+sys.modules["sbi"] = None  # its import fails, as if it were not installed
+sys.path.insert(0, {str(EXAMPLES)!r})
+runpy.run_path({str(EXAMPLES / "inference.py")!r}, run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("sbi: ")
+    assert "[examples]" in done.stderr
