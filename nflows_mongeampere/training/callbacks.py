@@ -17,40 +17,79 @@ from nflows_mongeampere import validation
 from nflows_mongeampere.files import write
 from nflows_mongeampere.training.divergence import DivergenceError
 from nflows_mongeampere.training.objectives import Objective
-from nflows_mongeampere.transport import transports
+from nflows_mongeampere.transport import Transport, transports
 
 
 class SolverGuard(Callback):
-    """Takes more steps when training exploits the solver's error.
+    r"""Takes more steps when training exploits the solver's error, and fewer when it does not.
 
     An optimiser finds whatever error lowers the loss. After each validation the mean loss of some
-    rows is compared with the one at twice the steps; where these differ by more than the tolerance,
-    the training goes on with half as many steps again.
+    rows is compared with the one at twice the steps. Where these differ by more than the tolerance,
+    the training goes on with half as many steps again. Where, after several validations in a row,
+    one step fewer would still leave a tenth of the tolerance, by the order of the solver,
+    :math:`e_{n - 1} = e_n (n / (n - 1))^p`, it goes on with one fewer, but never with fewer than at
+    the start.
 
     Args:
         tolerance: the largest error of the mean loss, in nats.
         most: the largest number of steps; where more were needed, the training stops.
+        patience: validations in a row after which a step may be taken back.
+
+    Attributes:
+        calm: validations in a row in which a step could have been taken back.
+        fewest: the steps of each Monge-Ampère flow at the start of the training.
     """
 
-    def __init__(self, tolerance: float, most: int = 64) -> None:
+    def __init__(self, tolerance: float, most: int = 64, patience: int = 3) -> None:
         self.tolerance = validation.positive("tolerance", tolerance)
         self.most = validation.integer("most", most)
+        self.patience = validation.integer("patience", patience)
+        self.calm = 0
+        self.fewest: list[int] = []
+
+    def on_fit_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        self.fewest = self.fewest or [transport.steps for transport in transports(pl_module)]
 
     def on_validation_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        error = float(trainer.callback_metrics.get("solver_error", 0.0))
-        if abs(error) <= self.tolerance:
+        error = abs(float(trainer.callback_metrics.get("solver_error", 0.0)))
+        flows = transports(pl_module)
+        if error > self.tolerance:
+            self.calm = 0
+            for transport in flows:
+                transport.steps = self._more(trainer, transport.steps, error)
             return
-        for transport in transports(pl_module):
-            more = math.ceil(1.5 * transport.steps)
-            if more > self.most:
-                raise DivergenceError(
-                    trainer,
-                    f"the solver's error is {error:.2g} nats at {transport.steps} steps, above the "
-                    f"tolerance of {self.tolerance:g}, and more than {self.most} are not allowed",
-                )
-            transport.steps = more
+        spare = all(error * _growth(transport) <= self.tolerance / 10 for transport in flows)
+        self.calm = self.calm + 1 if spare else 0
+        if self.calm >= self.patience:
+            self.calm = 0
+            for transport, fewest in zip(flows, self.fewest, strict=True):
+                transport.steps = max(fewest, transport.steps - 1)
+
+    def _more(self, trainer: lightning.Trainer, steps: int, error: float) -> int:
+        more = math.ceil(1.5 * steps)
+        if more > self.most:
+            raise DivergenceError(
+                trainer,
+                f"the solver's error is {error:.2g} nats at {steps} steps, above the tolerance of "
+                f"{self.tolerance:g}, and more than {self.most} are not allowed",
+            )
+        return more
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"calm": self.calm, "fewest": self.fewest}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.calm, self.fewest = state_dict["calm"], list(state_dict["fewest"])
+
+
+def _growth(transport: Transport) -> float:
+    """By how much the error of a flow grows with one step fewer."""
+    steps = transport.steps
+    return 1.0 if steps == 1 else (steps / (steps - 1)) ** transport.integrator.order
 
 
 class History(Callback):

@@ -283,6 +283,30 @@ def test_the_guard_catches_it(tmp_path):
     assert again.flow._transform.steps == objective.flow._transform.steps > 1
 
 
+def validate(guard: SolverGuard, flow: MongeAmpereFlow, *errors: float) -> list[int]:
+    """The steps of a flow after each of some validations with these solver errors."""
+    steps = []
+    for error in errors:
+        trainer = SimpleNamespace(callback_metrics={"solver_error": torch.tensor(error)})
+        guard.on_validation_end(trainer, flow)
+        steps.append(flow._transform.steps)
+    return steps
+
+
+def test_the_guard_takes_steps_back_where_the_error_allows_it():
+    flow = MongeAmpereFlow(2, 4, steps=4)
+    guard = SolverGuard(0.1, patience=2)
+    guard.on_fit_start(None, flow)
+    assert validate(guard, flow, -0.2, 0.2) == [6, 9]  # half as many again
+    # with 8 steps of rk4 instead of 9 the error is 1.6 times as large
+    assert validate(guard, flow, 0.0065, 0.0065, 0.0065) == [9, 9, 9]
+    assert validate(guard, flow, 0.006, -0.006, 0.001, 0.05, 0.001) == [9, 8, 8, 8, 8]
+    saved, guard = guard.state_dict(), SolverGuard(0.1, patience=2)
+    guard.load_state_dict(saved)
+    guard.on_fit_start(None, flow)  # resumed: the fewest are those of the first start
+    assert validate(guard, flow, *[0.0] * 10) == [7, 7, 6, 6, 5, 5, 4, 4, 4, 4]
+
+
 def test_the_guard_gives_up_in_words(tmp_path):
     objective = MaximumLikelihood(coarse_flow(), learning_rate=2e-2, steps=100)
     with pytest.raises(DivergenceError, match=r"error is .* nats at 1 steps.*more than 1 "):
