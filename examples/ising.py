@@ -30,6 +30,7 @@ from scipy.optimize import brentq
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.data import DataLoader, TensorDataset
 
 from images import save_figure
@@ -40,7 +41,7 @@ from nflows_mongeampere import (
     refined,
 )
 from nflows_mongeampere.files import write
-from nflows_mongeampere.groups import point_group, translations
+from nflows_mongeampere.groups import Group, point_group, translations
 from nflows_mongeampere.targets import CRITICAL_TEMPERATURE, Ising
 from nflows_mongeampere.training import (
     DivergenceError,
@@ -67,7 +68,7 @@ class Settings:
     Attributes:
         pieces: Monge-Ampère transforms, one after the other.
         kernels: ridges of each, before they are moved over the lattice.
-        steps: of each solve, at the start of the training.
+        steps: of each solve, at least.
         samples: fields in each step of the training.
         learning_rate: the highest.
         chapter: training steps between two validations.
@@ -75,13 +76,25 @@ class Settings:
 
     pieces: int = 12
     kernels: int = 4
-    steps: int = 1
+    steps: int = 2
     samples: int = 64
-    learning_rate: float = 5e-3
+    learning_rate: float = 1e-2
     chapter: int = 50
 
 
 SETTINGS = Settings()
+
+
+class Average(nn.Module):
+    """The mean of fields over their images under a group: what a symmetric field is learnt by."""
+
+    def __init__(self, group: Group) -> None:
+        super().__init__()
+        self.group = group
+
+    def forward(self, fields: Tensor) -> Tensor:
+        images = self.group.act(fields.reshape(-1, self.group.features))
+        return images.mean(0).view_as(fields)
 
 
 class LatticeModes(Transform):
@@ -97,17 +110,13 @@ class LatticeModes(Transform):
     def __init__(self, log_scale: Tensor) -> None:
         super().__init__()
         self.log_scale = nn.Parameter(log_scale.clone())
-        self._square = point_group(tuple(log_scale.shape))
+        register_parametrization(self, "log_scale", Average(point_group(tuple(log_scale.shape))))
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._stretch(inputs, -self._symmetric())
+        return self._stretch(inputs, -self.log_scale)
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._stretch(inputs, self._symmetric())
-
-    def _symmetric(self) -> Tensor:
-        images = self._square.act(self.log_scale.reshape(1, -1))
-        return images.mean((0, 1)).view_as(self.log_scale)
+        return self._stretch(inputs, self.log_scale)
 
     def _stretch(self, field: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
         sides = log_scale.shape
@@ -150,15 +159,17 @@ def smooth_kernels(length: int, count: int) -> Tensor:
 
 
 def make_flow(target: Ising, settings: Settings) -> Flow:
-    """The best Gaussian's modes, behind potentials of every translate."""
-    length = target.length
-    group = translations((length, length))
+    """The best Gaussian's modes, behind potentials of every translate of symmetric kernels."""
+    shape = (target.length, target.length)
+    moves, square = translations(shape), Average(point_group(shape))
 
     def piece() -> Transform:
         ridges = RidgePotential(target.sites, settings.kernels, activation="logcosh", bias=False)
         with torch.no_grad():
-            ridges.weight.copy_(smooth_kernels(length, settings.kernels))
-        return MongeAmpereTransform(SymmetrizedPotential(ridges, group), steps=settings.steps)
+            ridges.weight.copy_(smooth_kernels(target.length, settings.kernels))
+        # kernels that the square leaves alone: its symmetries cost no further terms
+        register_parametrization(ridges, "weight", square)
+        return MongeAmpereTransform(SymmetrizedPotential(ridges, moves), steps=settings.steps)
 
     pieces = [piece() for _ in range(settings.pieces)]
     modes = LatticeModes(0.5 * best_gaussian(target).log())

@@ -17,7 +17,7 @@ import torch
 from nflows.distributions import StandardNormal
 from nflows.flows import Flow
 
-from nflows_mongeampere.groups import point_group, translations
+from nflows_mongeampere.groups import point_group, sign_flip, translations
 from nflows_mongeampere.targets import Ising
 from nflows_mongeampere.training import ReverseKL, SolverGuard, fit, restore
 
@@ -109,11 +109,13 @@ def test_the_flow_has_the_symmetries_of_the_lattice():
     torch.manual_seed(0)
     flow = ising.make_flow(target, ising.Settings(pieces=2)).double()
     for name, parameter in flow.named_parameters():
-        if name.endswith(("amplitude", "log_scale")):
+        if name.endswith(("amplitude", "original")):
             torch.nn.init.normal_(parameter, std=2.0)
     x = torch.randn(3, 16, dtype=torch.float64)
     expected = flow.log_prob(x)
-    for image in [*translations((4, 4)).act(x), -x]:
+    square = translations((4, 4)) * point_group((4, 4)) * sign_flip(16)
+    assert len(square) == 256
+    for image in square.act(x):
         torch.testing.assert_close(flow.log_prob(image), expected, rtol=1e-12, atol=1e-12)
 
 
