@@ -59,14 +59,14 @@ def test_the_flow_learns_that_the_class_matters(labelled_digits, tmp_path):
     )
     batches = EndlessBatches(rows, 100, 0, conditional_digits.dequantised)
     fit(
-        conditional_digits.ClassLikelihood(flow, learning_rate=1e-2, steps=80),
-        endless(batches, chapter=80),
+        conditional_digits.ClassLikelihood(flow, learning_rate=1e-2, steps=100, warmup_steps=10),
+        endless(batches, chapter=100),
         DataLoader(watched, batch_size=len(watched)),
         tmp_path,
     )
     result = conditional_digits.score(flow.eval(), images.test[:150], labels.test[:150])
     assert result.accuracy > 0.85  # 0.1 by chance
-    assert result.nll < result.mixture_nll < 100  # 101.0 for the Gaussian of digits.py
+    assert result.nll < result.mixture_nll - 1 < 100  # 101.0 for the Gaussian of digits.py
     assert abs(result.nll - result.nll_double_steps) < 0.05
 
 
@@ -95,7 +95,7 @@ def test_the_posterior_of_a_linear_gaussian_is_found():
         torch.testing.assert_close(samples.T.cov(), exact.covariance_matrix, rtol=0, atol=0.07)
         # within what the densities differ by, the divergence from the exact posterior is zero
         divergence = posterior.log_prob(samples, x=observed) - exact.log_prob(samples)
-        assert divergence.mean().abs() < 0.05
+        assert divergence.mean().abs() < 0.1
 
 
 def test_the_estimator_answers_in_the_shapes_of_sbi():
