@@ -57,7 +57,7 @@ class Smeared:
         noise = torch.randn(count, 2, generator=generator)
         return self.curve(torch.rand(count, generator=generator)) + self.width * noise
 
-    def log_prob(self, x: Tensor, nodes: int = 8000) -> Tensor:
+    def log_prob(self, x: Tensor, nodes: int = 4000) -> Tensor:
         centres = self.curve((torch.arange(nodes) + 0.5) / nodes)
         normalizer = math.log(nodes * 2 * math.pi * self.width**2)
         parts = [

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
+from io import StringIO
+from typing import Any
 
 import normflows
 import torch
@@ -69,7 +72,7 @@ class Model(nn.Module):
 
     @property
     def evaluations(self) -> int:
-        """How often the last ``log_prob`` evaluated the velocity; 1 for flows that have none."""
+        """How often the last call evaluated the velocity; 1 for flows that have none."""
         return 1
 
 
@@ -162,17 +165,20 @@ class Zuko(Model):
     def _count(self, *_: object) -> None:
         self._evaluations += 1
 
-    def log_prob(self, x: Tensor) -> Tensor:
+    def _distribution(self) -> Any:
         self._evaluations = 0
-        log_prob: Tensor = self.flow().log_prob(x)
+        return self.flow()
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        log_prob: Tensor = self._distribution().log_prob(x)
         return log_prob
 
     def to_noise(self, x: Tensor) -> Tensor:
-        noise: Tensor = self.flow().transform(x)
+        noise: Tensor = self._distribution().transform(x)
         return noise
 
     def to_data(self, z: Tensor) -> Tensor:
-        data: Tensor = self.flow().transform.inv(z)
+        data: Tensor = self._distribution().transform.inv(z)
         return data
 
     def settle(self, points: Tensor) -> None:
@@ -207,9 +213,10 @@ class Torchdyn(Model):
         )
         probes = torch.distributions.MultivariateNormal(torch.zeros(features), torch.eye(features))
         self._flow = CNF(velocity, autograd_trace if exact else hutch_trace, probes)
-        self._ode = NeuralODE(
-            self._flow, solver="dopri5", sensitivity="autograd", atol=1e-4, rtol=1e-4
-        )
+        with redirect_stdout(StringIO()):  # it tells that it wraps its own CNF
+            self._ode = NeuralODE(
+                self._flow, solver="dopri5", sensitivity="autograd", atol=1e-4, rtol=1e-4
+            )
 
     def _solve(self, x: Tensor, start: float, stop: float) -> tuple[Tensor, Tensor]:
         r"""The points at ``stop``, and :math:`-\int \nabla \cdot f\, dt` on the way."""
