@@ -70,7 +70,7 @@ class Settings:
         kernels: ridges of each, before they are moved over the lattice.
         steps: of each solve, at least.
         samples: fields in each step of the training.
-        learning_rate: the highest.
+        learning_rate: the highest, for L up to 16; larger lattices learn more slowly, as 1 / L.
         chapter: training steps between two validations.
     """
 
@@ -181,7 +181,7 @@ def make_optimizer(settings: Settings, sites: int, flow: nn.Module) -> torch.opt
     named = dict(flow.named_parameters())
     amplitudes = [p for name, p in named.items() if name.endswith("amplitude")]
     rest = [p for name, p in named.items() if not name.endswith("amplitude")]
-    rate = settings.learning_rate
+    rate = settings.learning_rate * min(1.0, 16 / math.sqrt(sites))
     groups = [{"params": amplitudes, "lr": rate * sites}, {"params": rest, "lr": rate}]
     return torch.optim.Adam(groups, betas=(0.9, 0.99))
 
@@ -442,6 +442,7 @@ def run(config: dict[str, Any], out: Path, overwrite: bool, settings: Settings) 
         optimizer=partial(make_optimizer, settings, target.sites),
         steps=config["steps"],
         minutes=config["minutes"],
+        warmup_steps=20,
         seed=config["seed"],
     )
     ticks = torch.zeros(settings.samples, 1)  # the flow draws its batches itself
@@ -451,7 +452,7 @@ def run(config: dict[str, Any], out: Path, overwrite: bool, settings: Settings) 
         DataLoader(TensorDataset(ticks[:4]), batch_size=1),
         out,
         name=f"L = {target.length}",
-        callbacks=[SolverGuard(5 * TOLERANCE * target.sites)],
+        callbacks=[SolverGuard(2 * TOLERANCE * target.sites)],
     )
     # the learning rate has come down to zero and nothing can be learnt by heart: the last is best
     restore(objective, out / "last.ckpt")
