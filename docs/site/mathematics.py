@@ -14,7 +14,7 @@ BLOCK = re.compile(r'<div class="arithmatex">\\\[(.*?)\\\]</div>', re.DOTALL)
 def on_page_content(content: str, **_: object) -> str:
     """MkDocs calls this with the HTML of each page."""
     content = INLINE.sub(lambda found: _mathml(found, "inline"), content)
-    return BLOCK.sub(lambda found: _mathml(found, "block"), content)
+    return BLOCK.sub(lambda found: f'<div class="formula">{_mathml(found, "block")}</div>', content)
 
 
 def _mathml(found: re.Match[str], display: str) -> str:

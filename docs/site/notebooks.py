@@ -1,0 +1,44 @@
+"""The notebooks run while the pages are built; a cell that fails ends the build.
+
+They are Markdown as jupytext reads it. What their cells print and draw is set below each cell, and
+the page is then a page as any other: same look, links checked, formulas as MathML. The executed
+notebook lies beside it, to download.
+"""
+
+from __future__ import annotations
+
+import os
+
+import jupytext
+import nbformat
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from nbconvert import MarkdownExporter
+from nbconvert.preprocessors import ExecutePreprocessor
+from tqdm import tqdm
+
+SECONDS = 300  # for a cell
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """MkDocs calls this with the sources of the site."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # all that tensors as small as these can use
+    notebooks = [page for page in files.documentation_pages() if page.src_uri[:10] == "notebooks/"]
+    for page in tqdm(notebooks, desc="notebooks", leave=False):
+        files.remove(page)
+        for path, content in _run(page).items():
+            files.append(File.generated(config, path, content=content))
+    return files
+
+
+def _run(page: File) -> dict[str, str | bytes]:
+    """The files that a notebook becomes: its page, its pictures, and the executed notebook."""
+    name = page.src_uri.removesuffix(".md")
+    notebook = jupytext.reads(page.content_string, "md")
+    quiet = ["--log-level=ERROR"]
+    kernel = ExecutePreprocessor(timeout=SECONDS, kernel_name="python3", extra_arguments=quiet)
+    kernel.preprocess(notebook)
+    template = {"output_files_dir": ".", "unique_key": name.rpartition("/")[2]}
+    text, resources = MarkdownExporter().from_notebook_node(notebook, template)
+    pictures = {f"notebooks/{path}": data for path, data in resources["outputs"].items()}
+    return {f"{name}.md": text, f"{name}.ipynb": nbformat.writes(notebook), **pictures}
