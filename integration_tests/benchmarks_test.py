@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from unittest import mock
@@ -253,33 +254,42 @@ def test_missing_packages_name_the_extra(monkeypatch):
 
 
 class Exploding(flows.Nflows):
-    """A flow whose loss is soon no number."""
+    """A flow whose training loss is no number once it has been validated so many times."""
+
+    def __init__(self, features: int, hidden: int, after: int) -> None:
+        super().__init__(features, *flows.realnvp(features, hidden).flow._transform._transforms)
+        self.after = after
 
     def log_prob(self, x):
-        return super().log_prob(x) * (math.nan if self.training else 1.0)
+        broken = self.training and torch.is_grad_enabled() and self.after <= 0
+        self.after -= not self.training
+        return super().log_prob(x) * (math.nan if broken else 1.0)
 
 
-def test_failures_are_results(monkeypatch, tmp_path):
-    def explode(features: int, hidden: int) -> flows.Model:
-        return Exploding(features, *flows.realnvp(features, hidden).flow._transform._transforms)
+def refuse(features: int, hidden: int) -> flows.Model:
+    raise RuntimeError("no such luck")
 
-    def refuse(features: int, hidden: int) -> flows.Model:
-        raise RuntimeError("no such luck")
 
-    for name, build in (("explodes", explode), ("refuses", refuse)):
-        entry = flows.Architecture(f"It {name}", build, {2: 8}, {2: 1e-3})
-        monkeypatch.setitem(flows.FLOWS, name, entry)
+@pytest.mark.parametrize(
+    ("build", "failure", "judged"),
+    [
+        (partial(Exploding, after=0), "the loss is nan", False),
+        (partial(Exploding, after=1), "the loss is nan", True),
+        (refuse, "RuntimeError: no such luck", False),
+    ],
+)
+def test_failures_are_results(build, failure, judged, monkeypatch, tmp_path):
+    """A training that explodes is judged at its best checkpoint, if it came to one."""
+    monkeypatch.setitem(flows.FLOWS, "bad", flows.Architecture("Bad", build, {2: 8}, {2: 1e-3}))
     (tmp_path / "cells").mkdir()
-    for name, what in (("explodes", "the loss is nan"), ("refuses", "RuntimeError: no such luck")):
-        cell = architectures.Cell("moons", name, 0, 0.5)
-        architectures.run_cell(cell, tmp_path, None)
-        figures = json.loads(cell.path(tmp_path, ".json").read_text())
-        assert what in figures["failure"]
-        assert math.isnan(figures["nll"])
+    cell = architectures.Cell("moons", "bad", 0, 0.5)
+    architectures.run_cell(cell, tmp_path, None)
+    figures = json.loads(cell.path(tmp_path, ".json").read_text())
+    assert failure in figures["failure"]
+    assert math.isfinite(figures["nll"]) == judged
+    assert math.isfinite(figures["validation"]) == judged
     architectures.report(tmp_path, None)
-    page = (tmp_path / "architectures.md").read_text()
-    assert "the loss is nan" in page
-    assert "| It refuses | RuntimeError: no such luck |" in page
+    assert failure in (tmp_path / "architectures.md").read_text()
 
 
 def test_peers_are_timed_side_by_side(monkeypatch, tmp_path):

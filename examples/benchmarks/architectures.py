@@ -198,8 +198,9 @@ def train(cell: Cell, model: Model, data: Data, rate: float) -> tuple[int, float
     )
     failure = ""
     with tempfile.TemporaryDirectory() as folder:
+        best, metrics = Path(folder) / "best.ckpt", Path(folder) / "metrics.csv"
         try:
-            history = fit(
+            fit(
                 objective,
                 endless(data.batches(cell.seed), max(1, round(cell.seconds / looks / step))),
                 watched,
@@ -207,11 +208,13 @@ def train(cell: Cell, model: Model, data: Data, rate: float) -> tuple[int, float
                 callbacks=[SolverGuard(max(0.02, 1e-3 * data.features))],
                 gradient_clip_val=10 * math.sqrt(data.features),
             )
-            return int(history.rows[-1]["step"]), min(r["validation"] for r in history.rows), ""
         except DivergenceError as error:
+            if not best.exists():
+                raise
             failure = str(error).partition(";")[0]
-            restore(objective, Path(folder) / "best.ckpt")  # if there is one, it counts
-            return 0, math.nan, failure
+            restore(objective, best)
+        rows = list(csv.DictReader(StringIO(metrics.read_text())))
+    return int(rows[-1]["step"]), min(float(row["validation"]) for row in rows), failure
 
 
 @torch.no_grad()
