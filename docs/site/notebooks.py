@@ -14,7 +14,7 @@ import nbformat
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from nbconvert import MarkdownExporter
-from nbconvert.preprocessors import ExecutePreprocessor
+from nbconvert.preprocessors import CoalesceStreamsPreprocessor, ExecutePreprocessor
 from tqdm import tqdm
 
 SECONDS = 300  # for a cell
@@ -34,11 +34,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def _run(page: File) -> dict[str, str | bytes]:
     """The files that a notebook becomes: its page, its pictures, and the executed notebook."""
     name = page.src_uri.removesuffix(".md")
+    stem = name.rpartition("/")[2]
     notebook = jupytext.reads(page.content_string, "md")
     quiet = ["--log-level=ERROR"]
     kernel = ExecutePreprocessor(timeout=SECONDS, kernel_name="python3", extra_arguments=quiet)
     kernel.preprocess(notebook)
-    template = {"output_files_dir": ".", "unique_key": name.rpartition("/")[2]}
+    notebook, _ = CoalesceStreamsPreprocessor().preprocess(notebook, {})
+    template = {"output_files_dir": ".", "unique_key": stem}
     text, resources = MarkdownExporter().from_notebook_node(notebook, template)
     pictures = {f"notebooks/{path}": data for path, data in resources["outputs"].items()}
+    text += f"\n\n[This page as an executed notebook]({stem}.ipynb)\n"
     return {f"{name}.md": text, f"{name}.ipynb": nbformat.writes(notebook), **pictures}
