@@ -223,7 +223,7 @@ def time_samples(model: Model, features: int) -> tuple[float, int, Tensor, float
 
     Returns:
         Seconds for 1,000 samples, the batch that was timed, the samples, and the largest difference
-        of their noise from the noise that they come back to.
+        of their noise from the noise that they come back to (infinite where it is no number).
     """
     for count in (10, 100, 1000):
         z = torch.randn(count, features)
@@ -232,7 +232,7 @@ def time_samples(model: Model, features: int) -> tuple[float, int, Tensor, float
         seconds = time.perf_counter() - start
         if seconds > ENOUGH:
             break
-    error = float((model.to_noise(samples) - z).abs().max())
+    error = float((model.to_noise(samples) - z).abs().max().nan_to_num(math.inf))
     return seconds * 1000 / count, count, samples, error
 
 
@@ -469,6 +469,11 @@ def load_pictures(out: Path, data: str, flow: str, seed: int) -> dict[str, np.nd
     return dict(np.load(path)) if path.exists() else None
 
 
+def label(flow: str) -> str:
+    """The title of a flow in two lines, for the margin of a picture."""
+    return FLOWS[flow].title.replace(", ", ",\n").replace("flows ", "flows\n")
+
+
 def draw_toys(out: Path, data: dict[str, Data], figures: list[Figures], path: Path) -> None:
     """A row for each flow, and for each toy its density and its samples side by side."""
     flows = list(dict.fromkeys(f.flow for f in figures if f.data in data))
@@ -495,10 +500,8 @@ def draw_toys(out: Path, data: dict[str, Data], figures: list[Figures], path: Pa
             right.scatter(*found["samples"][:1000].T, s=0.3, color="black", linewidths=0)
             right.set(xlim=box[:2], ylim=box[2:])
         axes[0, 2 * column].set_title(name, loc="left", fontsize=9)
-    for line, label in enumerate(["the data", *(FLOWS[flow].title for flow in flows)]):
-        axes[line, 0].set_ylabel(
-            label.replace(", ", ",\n"), rotation=0, ha="right", va="center", fontsize=8
-        )
+    for line, text in enumerate(["the data", *map(label, flows)]):
+        axes[line, 0].set_ylabel(text, rotation=0, ha="right", va="center", fontsize=8)
     save_figure(figure, path)
 
 
@@ -507,7 +510,7 @@ def draw_images(out: Path, name: str, data: Data, figures: list[Figures], path: 
     assert data.to_picture is not None
     rows = [("the data", data.to_picture(data.test[:10]))]
     for each in figures:
-        title = FLOWS[each.flow].title
+        title = label(each.flow)
         found = load_pictures(out, name, each.flow, each.seed)
         if each.data == name and found is not None and title not in dict(rows):
             rows.append((title, torch.from_numpy(found["samples"])))
