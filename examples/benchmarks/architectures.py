@@ -34,6 +34,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import typer
+from benchmark_report import environment
 from densities import DATA, TOYS, Data
 from flows import FLOWS, Model
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -113,7 +114,7 @@ class Figures:
         learning_rate: the highest.
         parameters: how many are trained.
         steps: of the optimiser within the time.
-        validation: the lowest loss on the validation set.
+        validation: the lowest loss on the validation set, in the coordinates of the flow.
         nll: the mean loss on the test set, in the unit of the data.
         nll_se: its standard error.
         step_seconds: of one training step at the end of the training.
@@ -415,6 +416,8 @@ def table(name: str, figures: list[Figures], data: Data) -> list[str]:
     seeds = sorted({r.seed for r in figures})
     lines = [f"## {name}", "", f"NLL in {data.unit}; {len(seeds)} seed{'s'[: len(seeds) - 1]}, "]
     lines[-1] += f"{figures[0].seconds:g} s of training each."
+    options = f"--data {name} --seconds {figures[0].seconds:g} --seeds {len(seeds)}"
+    lines += ["", f"    python examples/benchmarks/architectures.py {options}"]
     lines += ["", f"| {' | '.join(COLUMNS)} |", "|---" + "|---:" * (len(COLUMNS) - 1) + "|"]
     if data.toy is not None:
         best = -data.toy.log_prob(data.test)
@@ -437,7 +440,9 @@ def report(out: Path, data_dir: Path | None) -> None:
     folder = out / "architectures"
     folder.mkdir(exist_ok=True)
     write(folder / "architectures.csv", text.getvalue())
-    lines = ["# Architectures", "", HEAD.format(cpu=os.cpu_count()), ""]
+    machine = environment()
+    machine["cores"] = str(os.cpu_count())
+    lines = ["# Architectures", "", HEAD.format(**machine), ""]
     for name in names:
         lines += table(name, [f for f in figures if f.data == name], data[name])
     toys = [name for name in names if name in TOYS]
@@ -453,14 +458,14 @@ def report(out: Path, data_dir: Path | None) -> None:
 
 HEAD = """\
 Flows of four libraries, trained by maximum likelihood for the same wall-clock time each, one after
-the other, by the same harness on a machine with {cpu} cores. Validation chose the checkpoint, the
-test set was read once. Test NLL: median over the seeds (smallest to largest), its standard error
-over the test set, which is the same for all flows. Times and memory are medians; a time of samples
-with ≤ was scaled up from a smaller batch. Memory is that of the training, above imports and data.
-Round trip: noise to data and back, the largest difference. Evaluations: of the velocity, for a
-log-density. Continuous flows are judged at steps or tolerances that the figures do not depend on,
-with the exact trace up to 64 dimensions and Hutchinson's unbiased estimate above. Every cell is in
-[`architectures.csv`](architectures/architectures.csv)."""
+the other, by the same harness ({CPU}, {cores} cores, {threads} threads, torch {torch}). Validation
+chose the checkpoint, the test set was read once. Test NLL: median over the seeds (smallest to
+largest), its standard error over the test set, which is the same for all flows. Times and memory
+are medians; a time of samples with ≤ was scaled up from a smaller batch. Memory is that of the
+training, above imports and data. Round trip: noise to data and back, the largest difference.
+Evaluations: of the velocity, for a log-density. Continuous flows are judged at steps or tolerances
+that the figures do not depend on, with the exact trace up to 64 dimensions and Hutchinson's unbiased
+estimate above. Every cell is in [`architectures.csv`](architectures/architectures.csv)."""
 
 
 def load_pictures(out: Path, data: str, flow: str, seed: int) -> dict[str, np.ndarray] | None:
