@@ -15,14 +15,14 @@ help: ## show this list
 demo: $(READY) ## train flows on handwritten digits, compare and draw them (about 4 minutes)
 	$(BIN)/python examples/digits.py --out runs/digits
 
-test: $(READY) ## run the tests with branch coverage (5 to 12 minutes)
-	$(BIN)/python -m pytest --cov
+test: $(READY) ## run the tests with branch coverage, one process for each core (5 to 12 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --cov --numprocesses auto
 
 test-versions: $(READY) $(OLDEST)/ready ## run the tests with the oldest and the newest dependencies
 	$(OLDEST)/bin/python -c $(VERSIONS)
-	$(OLDEST)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest --numprocesses auto
 	$(BIN)/python -c $(VERSIONS)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
 
 mutants: $(READY) ## break the equations of motion line by line and see the tests notice (10 minutes)
 	rm -rf mutants
@@ -40,7 +40,7 @@ format: $(READY) ## mend style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(READY) ## build the documentation into runs/site, warnings and dead links as errors
+docs: $(READY) ## run the notebooks, build the documentation into runs/site, warnings as errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 benchmark: $(READY) ## measure speed and memory on an idle machine (about 6 minutes)

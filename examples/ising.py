@@ -9,6 +9,8 @@ one. An interrupted run is taken up by the same command.
 
 from __future__ import annotations
 
+import extras  # noqa: F401
+
 import json
 import math
 import os
