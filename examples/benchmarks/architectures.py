@@ -393,7 +393,7 @@ def row(flow: str, runs: list[Figures]) -> str:
         median((r.nll_se for r in runs), digits),
         f"{max(r.parameters for r in runs):,}",
         median((r.steps for r in runs), ".0f"),
-        median((1000 * r.step_seconds for r in runs), ".3g"),
+        median((1000 * r.step_seconds for r in runs), ".1f"),
         median((r.log_prob_seconds for r in runs), ".2g"),
         samples,
         median((r.peak_memory_mb for r in runs), ".0f"),
@@ -464,7 +464,7 @@ largest), its standard error over the test set, which is the same for all flows.
 are medians; a time of samples with ≤ was scaled up from a smaller batch. Memory is that of the
 training, above imports and data. Round trip: noise to data and back, the largest difference.
 Evaluations: of the velocity, for a log-density. Continuous flows are judged at steps or tolerances
-that the figures do not depend on, with the exact trace up to 64 dimensions and Hutchinson's unbiased
+that the figures do not depend on, with the exact trace up to 64 dimensions, Hutchinson's unbiased
 estimate above. Every cell is in [`architectures.csv`](architectures/architectures.csv)."""
 
 
