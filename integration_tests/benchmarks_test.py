@@ -69,7 +69,7 @@ def shaken(name: str) -> flows.Model:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad and parameter.abs().max() == 0:
-                parameter.normal_(std=0.05)
+                parameter.normal_(std=0.02)
     model.train().log_prob(torch.randn(64, 2))  # what adapts to its first batch has done so
     return model.eval()
 
