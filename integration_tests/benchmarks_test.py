@@ -188,7 +188,7 @@ def test_run_leaves_table_figures_and_pictures(run):
     for flow, row in rows.items():
         cell = json.loads((run / "cells" / f"moons_{flow}_0.json").read_text())
         assert cell["failure"] == ""
-        assert 1.6 < cell["nll"] < 5
+        assert 1.55 < cell["nll"] < 10  # the entropy of the moons is 1.59; six steps may be all
         assert float(row["nll"]) == pytest.approx(cell["nll"])
         assert f"| {flows.FLOWS[flow].title} | {cell['nll']:.3f} |" in page
         assert cell["steps"] >= 1
