@@ -13,6 +13,12 @@ The flows are in ``flows.py``, the data in ``densities.py``.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import extras  # noqa: F401
+
 import contextlib
 import csv
 import json
@@ -27,7 +33,6 @@ import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from io import BytesIO, StringIO
-from pathlib import Path
 from typing import Annotated, Any
 
 import matplotlib.pyplot as plt

@@ -383,11 +383,10 @@ class Architecture:
         widths: of the hidden layers, for each number of features that the flow can be trained at
             within minutes.
         rates: the highest learning rate of Adam, for each number of features. Those of our ridges
-            in the plane had the lowest validation loss of 1e-2, 3e-2 and 1e-1 on moons; those of
-            digits and MNIST are those that validation chose for ``examples/digits.py`` and
-            ``examples/mnist.py``, where a flow is there, and like flows take like rates. To choose
-            anew, run ``architectures.py --learning-rate`` with several and read the validation
-            losses in ``architectures.csv``.
+            in the plane had the lowest validation loss of 1e-2, 3e-2 and 1e-1 on moons; the others
+            are those of their libraries' examples, or of ``examples/digits.py`` and
+            ``examples/mnist.py``. To choose anew, run ``architectures.py --learning-rate`` with
+            several and read the validation losses in ``architectures.csv``.
     """
 
     title: str

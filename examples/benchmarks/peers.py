@@ -13,10 +13,15 @@ trace; the others choose their own, to the tolerances of their libraries or tuto
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import extras  # noqa: F401
+
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Annotated, TypeVar
 
 import torch
