@@ -6,8 +6,12 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 Item = TypeVar("Item")
 
@@ -70,3 +74,24 @@ def interleave(
         if turn > 0:
             seconds[name].append(time.perf_counter() - start)
     return Timings(seconds)
+
+
+@contextmanager
+def progress_bars(console: Console) -> Iterator[tuple[Progress, Track]]:
+    """Two bars, one above the other: for the parts of a benchmark, and for the calls of a part.
+
+    Yields:
+        The upper bar, whose ``track`` goes through the parts, and the lower one.
+    """
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    # a lively bar would compete with what is timed
+    with Progress(
+        *columns, TimeElapsedColumn(), console=console, refresh_per_second=1, transient=True
+    ) as progress:
+
+        def track(items: Sequence[Item]) -> Iterator[Item]:
+            task = progress.add_task("calls", total=len(items))
+            yield from progress.track(items, task_id=task)
+            progress.remove_task(task)
+
+        yield progress, track

@@ -19,18 +19,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import extras  # noqa: F401
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import torch
 import typer
 from benchmark_report import Section, environment, write_report
 from flows import FLOWS, Model
-from paired_timing import Timings, Track, interleave
+from paired_timing import Timings, Track, interleave, progress_bars
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
 from nflows_mongeampere.transport import transports
@@ -39,8 +38,6 @@ STEPS = 10
 OURS = "Monge-Ampère"
 # an exact trace costs the others one backward pass for each dimension and evaluation
 EXACT_FEATURES = 64
-
-Item = TypeVar("Item")
 
 
 def ours(features: int, hidden: int) -> Model:
@@ -186,18 +183,8 @@ def main(
     """Measure the speed of the Monge-Ampère flow beside other flows, as ratios."""
     console = Console()
     sizes = [Size(64, 32, batch=10)] if quick else [Size(64, 256), Size(784, 1024)]
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     sections = [machine()]
-    # a lively bar would compete with what is timed
-    with Progress(
-        *columns, TimeElapsedColumn(), console=console, refresh_per_second=1, transient=True
-    ) as progress:
-
-        def track(items: Sequence[Item]) -> Iterator[Item]:
-            task = progress.add_task("calls", total=len(items))
-            yield from progress.track(items, task_id=task)
-            progress.remove_task(task)
-
+    with progress_bars(console) as (progress, track):
         try:
             for size in progress.track(sizes, description="sizes"):
                 sections += compare(size, 1 if quick else repeats, track)

@@ -17,20 +17,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import extras  # noqa: F401
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
-from typing import Annotated, TypeVar
+from typing import Annotated
 from unittest import mock
 
 import torch
 import typer
 from benchmark_report import Section, environment, write_report
-from paired_timing import Spread, Timings, Track, interleave
+from paired_timing import Spread, Timings, Track, interleave, progress_bars
 from peak_memory import measure_peak
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from speed_problem import SOLVERS, VARIANTS, Problem, Size, plain_products, saved_bytes
 
 from nflows_mongeampere import (
@@ -44,8 +43,6 @@ from nflows_mongeampere.groups import translations
 from nflows_mongeampere.potentials import symmetrized
 
 MB = 1e6
-
-Item = TypeVar("Item")
 
 
 class Precision(str, Enum):
@@ -355,18 +352,8 @@ def _plan(rounds: int | None, dtype: str, quick: bool, track: Track) -> Plan:
 
 def _measure(rounds: int | None, dtype: str, quick: bool, console: Console) -> list[Section]:
     """Run all sections behind a progress bar, and print each as soon as it is there."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     sections = []
-    # a lively bar would compete with what is timed
-    with Progress(
-        *columns, TimeElapsedColumn(), console=console, refresh_per_second=1, transient=True
-    ) as progress:
-
-        def track(items: Sequence[Item]) -> Iterator[Item]:
-            task = progress.add_task("calls", total=len(items))
-            yield from progress.track(items, task_id=task)
-            progress.remove_task(task)
-
+    with progress_bars(console) as (progress, track):
         plan = _plan(rounds, dtype, quick, track)
         for measure in progress.track(SECTIONS, description="speed"):
             section = measure(plan)
