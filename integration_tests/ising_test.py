@@ -180,3 +180,29 @@ def test_the_guard_catches_a_solver_that_is_too_coarse(tmp_path):
     assert gaps[False] < -0.02  # what cannot be
     assert gaps[True] > -0.02
     assert steps[-1] > steps[0]
+
+
+def tabulate(*folders: Path, out: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, EXAMPLES / "benchmarks" / "ising_table.py", *folders, "--out", out]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_table_holds_finished_runs(run, tmp_path):
+    done = tabulate(run, out=tmp_path / "table")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((run / "results.json").read_text())
+    heading, _, row = done.stdout.splitlines()
+    cells = dict(zip(heading.split(" | "), row.split(" | "), strict=True))
+    assert float(cells["gap"]) == pytest.approx(results["gap"], abs=1e-5)
+    assert cells["steps"] == "300"
+    name = f"4-{results['minutes']:.0f}min-seed0"
+    figures = {"learning.png", "path.png", "samples.png", "structure.png"}
+    names = {path.name for path in (tmp_path / "table").iterdir()}
+    assert names == figures | {f"{name}.json", f"{name}.csv"}
+
+
+def test_an_unfinished_run_has_no_line(tmp_path):
+    done = tabulate(tmp_path, out=tmp_path / "table")
+    assert done.returncode == 2
+    assert "holds no results.json" in done.stderr
+    assert not (tmp_path / "table").exists()

@@ -1,0 +1,115 @@
+"""The table and the learning curves of finished Ising runs, side by side.
+
+python examples/benchmarks/ising_table.py runs/ising-8 runs/ising-16 --out docs/results/ising
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import extras  # noqa: F401
+
+import csv
+import json
+from typing import Annotated, Any
+
+import matplotlib.pyplot as plt
+import typer
+
+from images import save_figure
+from nflows_mongeampere.files import write
+
+PUBLISHED = 0.0219  # above the exact free energy per site at L = 16, arXiv:1809.10188
+PICTURES = ("samples.png", "path.png", "structure.png")
+
+HEADINGS = (
+    *("L", "parameters", "minutes", "steps", "free energy", "exact", "gap", "at twice the steps"),
+    *("ESS", "corrected", "acceptance", "command"),
+)
+
+
+def line(results: dict[str, Any]) -> str:
+    """One row of the table, free energies in nats for each site."""
+    cells = [
+        f"{results['length']}",
+        f"{results['parameters']:,}",
+        f"{results['minutes']:.0f}",
+        f"{results['steps']:,}",
+        f"{results['free_energy']:.5f} ± {results['free_energy_se']:.5f}",
+        f"{results['exact']:.5f}",
+        f"{results['gap']:.5f}",
+        f"{results['free_energy_double_steps'] - results['exact']:.5f}",
+        f"{100 * results['ess']:.2g} %",
+        f"{results['free_energy_corrected']:.5f} ± {results['free_energy_corrected_se']:.5f}",
+        f"{100 * results['acceptance']:.2g} %",
+        f"`{results['command']}`",
+    ]
+    return f"| {' | '.join(cells)} |".replace("-2.", "−2.")
+
+
+def read_curve(folder: Path, results: dict[str, Any]) -> tuple[list[float], list[float]]:
+    """Minutes of a run, and how far its validation lies above the exact free energy, per site."""
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    sites = results["length"] ** 2
+    gaps = [float(row["validation"]) / sites - results["exact"] for row in rows]
+    return [float(row["minutes"]) for row in rows], gaps
+
+
+def draw_curves(runs: list[tuple[Path, dict[str, Any]]], path: Path) -> None:
+    """The gap to the exact free energy against time, a colour for each lattice."""
+    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    lengths = list(dict.fromkeys(results["length"] for _, results in runs))
+    for folder, results in runs:
+        place, seed = lengths.index(results["length"]), results["seed"]
+        label = f"L = {results['length']}" if seed == 0 else None
+        alpha = 1.0 if seed == 0 else 0.5
+        axes.plot(*read_curve(folder, results), color=f"C{place}", alpha=alpha, label=label)
+    axes.axhline(PUBLISHED, color="grey", linestyle=":", linewidth=0.8)
+    axes.text(
+        0.01,
+        PUBLISHED,
+        "L = 16, published",
+        fontsize=8,
+        va="bottom",
+        transform=axes.get_yaxis_transform(),
+    )
+    axes.set(
+        xlabel="minutes of training",
+        ylabel="free energy above the exact one, per site (nats)",
+        xscale="log",
+        yscale="log",
+    )
+    axes.legend(frameon=False)
+    save_figure(figure, path)
+
+
+def main(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs.")],
+    out: Annotated[Path, typer.Option(help="Folder for figures and metrics.")],
+) -> None:
+    """Collect finished runs: a table, their curves, and the pictures of the largest lattice."""
+    found = []
+    for folder in runs:
+        if not (folder / "results.json").is_file():
+            typer.echo(f"error: {folder} holds no results.json: let its run end first", err=True)
+            raise typer.Exit(2)
+        found.append((folder, json.loads((folder / "results.json").read_text())))
+    found.sort(key=lambda run: (run[1]["length"], -run[1]["minutes"], run[1]["seed"]))
+    out.mkdir(parents=True, exist_ok=True)
+    for folder, results in found:
+        name = f"{results['length']}-{results['minutes']:.0f}min-seed{results['seed']}"
+        write(out / f"{name}.json", json.dumps(results, indent=2) + "\n")
+        write(out / f"{name}.csv", (folder / "metrics.csv").read_text())
+    for picture in PICTURES:
+        write(out / picture, (found[-1][0] / picture).read_bytes())
+    draw_curves(found, out / "learning.png")
+    typer.echo(f"| {' | '.join(HEADINGS)} |\n{'|---' * len(HEADINGS)}|")
+    for _, results in found:
+        typer.echo(line(results))
+
+
+if __name__ == "__main__":
+    typer.run(main)
