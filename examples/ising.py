@@ -240,7 +240,7 @@ def settle_solver(flow: Flow, target: Ising, samples: int, seed: int) -> None:
     while True:
         with refined(flow):
             fine = seeded_free_energy(flow, target, samples, seed)
-        if abs(fine - coarse) < TOLERANCE / 2:
+        if abs(fine - coarse) < TOLERANCE / 10:  # small beside the statistical error
             return
         coarse = fine
         for transport in transports(flow):
