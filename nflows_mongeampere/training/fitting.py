@@ -89,6 +89,8 @@ def fit(
             validation_batches,
             ckpt_path=str(last) if _fits(last, objective) else None,
         )
+        # where time runs out within an epoch, Lightning keeps no checkpoint of its steps
+        engine.save_checkpoint(last)
     restore(objective, folder / "best.ckpt")
     return history
 

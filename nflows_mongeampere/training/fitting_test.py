@@ -257,6 +257,15 @@ def test_which_rise_is_a_divergence_depends_on_the_size_of_an_event(entries):
             guard.on_train_batch_end(trainer, objective, {"loss": loss}, None, 0)
 
 
+def test_the_last_checkpoint_is_of_the_last_step(tmp_path):
+    """Also where time runs out within a chapter."""
+    objective = MaximumLikelihood(MongeAmpereFlow(2, 4, steps=1), minutes=0.02)
+    rows = train(objective, tmp_path)
+    last = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert last["global_step"] == rows[-1]["step"]
+    assert last["budget"]["progress"] == 1
+
+
 def coarse_flow() -> MongeAmpereFlow:
     """One Euler step with stiff ridges: its density is one of the solver's making."""
     flow = MongeAmpereFlow(2, 32, steps=1, solver="euler")
