@@ -444,7 +444,6 @@ def run(config: dict[str, Any], out: Path, overwrite: bool, settings: Settings) 
         optimizer=partial(make_optimizer, settings, target.sites),
         steps=config["steps"],
         minutes=config["minutes"],
-        warmup_steps=20,
         seed=config["seed"],
     )
     ticks = torch.zeros(settings.samples, 1)  # the flow draws its batches itself
@@ -454,7 +453,7 @@ def run(config: dict[str, Any], out: Path, overwrite: bool, settings: Settings) 
         DataLoader(TensorDataset(ticks[:4]), batch_size=1),
         out,
         name=f"L = {target.length}",
-        callbacks=[SolverGuard(2 * TOLERANCE * target.sites)],
+        callbacks=[SolverGuard(2 * TOLERANCE * max(64, target.sites))],
     )
     # the learning rate has come down to zero and nothing can be learnt by heart: the last is best
     restore(objective, out / "last.ckpt")
