@@ -47,7 +47,7 @@ def start(*arguments: object) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "ising"
-    done = start("--length", 4, "--steps", 300, "--samples", 2000, "--out", out)
+    done = start("--length", 4, "--steps", 600, "--samples", 2000, "--out", out)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout[: done.stdout.rindex("}") + 1])["length"] == 4
     return out
@@ -68,7 +68,7 @@ def test_a_run_leaves_results_that_the_exact_solution_bears_out(run):
         assert abs(value - known) < 4 * math.hypot(bar, known_bar)
     assert 0 < results["acceptance"] < 1
     assert results["autocorrelation_time"] >= 1
-    assert results["command"] == "python examples/ising.py --length 4 --steps 300 --seed 0"
+    assert results["command"] == "python examples/ising.py --length 4 --steps 600 --seed 0"
 
 
 def test_a_run_leaves_figures_metrics_and_checkpoints(run):
@@ -77,12 +77,12 @@ def test_a_run_leaves_figures_metrics_and_checkpoints(run):
     files = {"best.ckpt", "last.ckpt", "config.json", "metrics.csv", "results.json"}
     assert names == figures | files
     with (run / "metrics.csv").open() as file:
-        assert [int(row["step"]) for row in csv.DictReader(file)] == list(range(50, 301, 50))
+        assert [int(row["step"]) for row in csv.DictReader(file)] == list(range(50, 601, 50))
 
 
 def test_a_finished_run_is_not_overwritten_unasked(run):
     before = (run / "results.json").read_text()
-    again = start("--length", 4, "--steps", 300, "--samples", 2000, "--out", run)
+    again = start("--length", 4, "--steps", 600, "--samples", 2000, "--out", run)
     assert again.returncode == 2
     assert "error: --out:" in again.stderr
     assert (run / "results.json").read_text() == before
@@ -194,7 +194,7 @@ def test_the_table_holds_finished_runs(run, tmp_path):
     heading, _, row = done.stdout.splitlines()
     cells = dict(zip(heading.split(" | "), row.split(" | "), strict=True))
     assert float(cells["gap"]) == pytest.approx(results["gap"], abs=1e-5)
-    assert cells["steps"] == "300"
+    assert cells["steps"] == "600"
     name = f"4-{results['minutes']:.0f}min-seed0"
     figures = {"learning.png", "path.png", "samples.png", "structure.png"}
     names = {path.name for path in (tmp_path / "table").iterdir()}
