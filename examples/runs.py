@@ -35,6 +35,15 @@ def open_folder(out: Path, config: dict[str, Any], overwrite: bool) -> None:
     write(description, json.dumps(config, indent=2) + "\n")
 
 
+def read_results(folder: Path) -> dict[str, Any]:
+    """The results of a finished run."""
+    path = folder / "results.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no results.json: let its run end first")
+    results: dict[str, Any] = json.loads(path.read_text())
+    return results
+
+
 def resident_memory() -> float:
     """The resident memory of this process, in MB; NaN where the system does not tell."""
     status = Path("/proc/self/status")

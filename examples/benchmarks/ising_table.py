@@ -20,6 +20,7 @@ import typer
 
 from images import save_figure
 from nflows_mongeampere.files import write
+from runs import read_results
 
 PUBLISHED = 0.0219  # above the exact free energy per site at L = 16, arXiv:1809.10188
 PICTURES = ("samples.png", "path.png", "structure.png")
@@ -91,12 +92,11 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for figures and metrics.")],
 ) -> None:
     """Collect finished runs: a table, their curves, and the pictures of the largest lattice."""
-    found = []
-    for folder in runs:
-        if not (folder / "results.json").is_file():
-            typer.echo(f"error: {folder} holds no results.json: let its run end first", err=True)
-            raise typer.Exit(2)
-        found.append((folder, json.loads((folder / "results.json").read_text())))
+    try:
+        found = [(folder, read_results(folder)) for folder in runs]
+    except ValueError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
     found.sort(key=lambda run: (run[1]["length"], -run[1]["minutes"], run[1]["seed"]))
     out.mkdir(parents=True, exist_ok=True)
     for folder, results in found:

@@ -23,6 +23,7 @@ import typer
 
 from images import mosaic, save_figure
 from nflows_mongeampere.files import write
+from runs import read_results
 
 # the published run: its loss after so many epochs of 500 steps (arXiv:1809.10188)
 PUBLISHED = {5: 1388, 10: 1370, 20: 1336, 50: 1290, 100: 1273, 200: 1264, 400: 1257}
@@ -108,12 +109,11 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for the table, figures and metrics.")],
 ) -> None:
     """Collect finished runs into a table with figures, best first."""
-    found = []
-    for folder in runs:
-        if not (folder / "results.json").is_file():
-            typer.echo(f"error: {folder} holds no results.json: let its run end first", err=True)
-            raise typer.Exit(2)
-        found.append((folder, json.loads((folder / "results.json").read_text())))
+    try:
+        found = [(folder, read_results(folder)) for folder in runs]
+    except ValueError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
     found.sort(key=lambda run: run[1]["nll"])
     out.mkdir(parents=True, exist_ok=True)
     for folder, results in found:
