@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 READY := $(VENV)/ready
 
+# where .venv is activated, python3 would be the one that is about to be replaced
+export PATH := $(subst $(CURDIR)/$(BIN):,,$(PATH))
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-versions mutants lint types format docs benchmark clean
 

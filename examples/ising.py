@@ -69,7 +69,8 @@ class Settings:
 
     Attributes:
         pieces: Monge-Ampère transforms, one after the other.
-        kernels: ridges of each, before they are moved over the lattice.
+        kernels: ridges of each for L from 16, before they are moved over the lattice; smaller
+            lattices, where they cost less, have more, as 1 / L.
         steps: of each solve, at least.
         samples: fields in each step of the training.
         learning_rate: the highest, for L up to 16; larger lattices learn more slowly, as 1 / L.
@@ -163,12 +164,13 @@ def smooth_kernels(length: int, count: int) -> Tensor:
 def make_flow(target: Ising, settings: Settings) -> Flow:
     """The best Gaussian's modes, behind potentials of every translate of symmetric kernels."""
     shape = (target.length, target.length)
+    kernels = max(settings.kernels, settings.kernels * 16 // target.length)
     moves, square = translations(shape), Average(point_group(shape))
 
     def piece() -> Transform:
-        ridges = RidgePotential(target.sites, settings.kernels, activation="logcosh", bias=False)
+        ridges = RidgePotential(target.sites, kernels, activation="logcosh", bias=False)
         with torch.no_grad():
-            ridges.weight.copy_(smooth_kernels(target.length, settings.kernels))
+            ridges.weight.copy_(smooth_kernels(target.length, kernels))
         # kernels that the square leaves alone: its symmetries cost no further terms
         register_parametrization(ridges, "weight", square)
         return MongeAmpereTransform(SymmetrizedPotential(ridges, moves), steps=settings.steps)
