@@ -145,7 +145,7 @@ def checkerboard() -> Mosaic:
 
 
 def picture() -> Mosaic:
-    """A photograph of a flower by danielbuechele, CC BY 2.0, which scikit-learn brings along."""
+    """A photograph that scikit-learn brings along, CC BY 2.0, flickr.com/photos/vultilion."""
     try:
         from sklearn.datasets import load_sample_image
     except ImportError as error:
