@@ -46,7 +46,7 @@ format: $(READY) ## mend style
 docs: $(READY) ## run the notebooks, build the documentation into runs/site, warnings as errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
-benchmark: $(READY) ## measure speed and memory on an idle machine (about 6 minutes)
+benchmark: $(READY) ## measure speed and memory on an idle machine (6 to 15 minutes)
 	$(BIN)/python examples/benchmarks/speed.py --out runs/benchmarks
 
 clean: ## remove the environment and everything that was made

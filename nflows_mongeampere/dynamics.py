@@ -240,7 +240,7 @@ class _ConvolutionProduct(torch.autograd.Function):
     """A product with a symmetric matrix, as a convolution with a kernel of one point.
 
     PyTorch gives matrix products to MKL and, with two threads or more, convolutions to oneDNN. On
-    AMD processors oneDNN takes half the time (docs/results/speed.md).
+    some AMD processors oneDNN takes half the time (docs/results/README.md, Speed).
     """
 
     generate_vmap_rule = True

@@ -91,8 +91,8 @@ def machine(plan: Plan) -> Section:
         rows,
         [
             "The package leaves this product in float32 on CPUs to oneDNN (PyTorch does so with "
-            "two threads or more), the published arithmetic leaves its own to MKL. On AMD "
-            "processors oneDNN is the faster one, and a part of the ratios below is owed to that "
+            "two threads or more), the published arithmetic leaves its own to MKL. Where "
+            "oneDNN is the faster one, a part of the ratios below is owed to that "
             "rather than to reduced coordinates; the rows 'plain matmul' show the rest."
         ],
         {"environment": environment(), "seconds_for_calls": timings.seconds, "calls": calls},
