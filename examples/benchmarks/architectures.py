@@ -83,10 +83,10 @@ class Kind:
     chunk: int
 
 
-TOY = Kind(seconds=8, seeds=2, weight_decay=0.0, chunk=1000)
+TOY = Kind(seconds=6, seeds=2, weight_decay=0.0, chunk=1000)
 KINDS = {
     "digits": Kind(seconds=20, seeds=2, weight_decay=0.1, chunk=200),
-    "mnist": Kind(seconds=90, seeds=1, weight_decay=0.0, chunk=100),
+    "mnist": Kind(seconds=60, seeds=1, weight_decay=0.0, chunk=100),
 }
 
 
@@ -561,7 +561,7 @@ def main(
         list[str] | None, typer.Option(help=f"Some of {', '.join(FLOWS)}; all if left out.")
     ] = None,
     seconds: Annotated[
-        float | None, typer.Option(min=0.1, help="Of training; 8 for toys, 20 and 90 for images.")
+        float | None, typer.Option(min=0.1, help="Of training; 6 for toys, 20 and 60 for images.")
     ] = None,
     seeds: Annotated[
         int | None, typer.Option(min=1, help="For each flow; 2 for toys and digits, 1 for MNIST.")

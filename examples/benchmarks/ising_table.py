@@ -62,12 +62,14 @@ def read_curve(folder: Path, results: dict[str, Any]) -> tuple[list[float], list
 def draw_curves(runs: list[tuple[Path, dict[str, Any]]], path: Path) -> None:
     """The gap to the exact free energy against time, a colour for each lattice."""
     figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
-    lengths = list(dict.fromkeys(results["length"] for _, results in runs))
+    lengths: list[int] = []
     for folder, results in runs:
-        place, seed = lengths.index(results["length"]), results["seed"]
-        label = f"L = {results['length']}" if seed == 0 else None
-        alpha = 1.0 if seed == 0 else 0.5
-        axes.plot(*read_curve(folder, results), color=f"C{place}", alpha=alpha, label=label)
+        first = results["length"] not in lengths
+        if first:
+            lengths.append(results["length"])
+        label, alpha = (f"L = {lengths[-1]}", 1.0) if first else (None, 0.5)
+        color = f"C{len(lengths) - 1}"
+        axes.plot(*read_curve(folder, results), color=color, alpha=alpha, label=label)
     axes.axhline(PUBLISHED, color="grey", linestyle=":", linewidth=0.8)
     axes.text(
         0.01,
