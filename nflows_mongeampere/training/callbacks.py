@@ -26,7 +26,7 @@ class SolverGuard(Callback):
     An optimiser finds whatever error lowers the loss. After each validation the mean loss of some
     rows is compared with the one at twice the steps. Where these differ by more than the tolerance,
     the training goes on with half as many steps again. Where, after several validations in a row,
-    one step fewer would still leave a tenth of the tolerance, by the order of the solver,
+    one step fewer would still leave a third of the tolerance, by the order of the solver,
     :math:`e_{n - 1} = e_n (n / (n - 1))^p`, it goes on with one fewer, but never with fewer than at
     the start.
 
@@ -62,7 +62,7 @@ class SolverGuard(Callback):
             for transport in flows:
                 transport.steps = self._more(trainer, transport.steps, error)
             return
-        spare = all(error * _growth(transport) <= self.tolerance / 10 for transport in flows)
+        spare = all(error * _growth(transport) <= self.tolerance / 3 for transport in flows)
         self.calm = self.calm + 1 if spare else 0
         if self.calm >= self.patience:
             self.calm = 0
