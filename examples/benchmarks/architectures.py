@@ -449,14 +449,12 @@ def report(out: Path, data_dir: Path | None) -> None:
     machine = environment()
     machine["cores"] = str(os.cpu_count())
     lines = ["# Architectures", "", HEAD.format(**machine), ""]
-    for name in names:
-        lines += table(name, [f for f in figures if f.data == name], data[name])
     toys = [name for name in names if name in TOYS]
     if toys:
         draw_toys(out, {name: data[name] for name in toys}, figures, folder / "toys.png")
-        lines += ["## Pictures", "", PICTURE_HEAD, ""]
-        lines += [f"![Densities and samples]({folder.name}/toys.png)", ""]
+        lines += [PICTURE_HEAD, "", f"![Densities and samples]({folder.name}/toys.png)", ""]
     for name in names:
+        lines += table(name, [f for f in figures if f.data == name], data[name])
         if name not in TOYS:
             draw_images(out, name, data[name], figures, folder / f"{name}.png")
             lines += [f"![Samples of {name}]({folder.name}/{name}.png)", ""]
