@@ -158,7 +158,7 @@ def test_the_guard_catches_a_solver_that_is_too_coarse(tmp_path):
     gaps = {}
     for guarded in (False, True):
         torch.manual_seed(0)
-        flow = ising.make_flow(target, ising.Settings(pieces=2, steps=1))
+        flow = ising.make_flow(target, ising.Settings(pieces=2, kernels=1, steps=1))
         for transport in ising.transports(flow):
             transport.integrator = replace(transport.integrator, solver="euler")
         objective = ReverseKL(
