@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,27 @@ def read_results(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} holds no results.json: let its run end first")
     results: dict[str, Any] = json.loads(path.read_text())
     return results
+
+
+def collect(
+    runs: list[Path], out: Path, order: Callable[[dict[str, Any]], Any], name: str
+) -> list[tuple[Path, dict[str, Any]]]:
+    """Finished runs in order, with their results and metrics copied into a folder.
+
+    Args:
+        runs: their folders.
+        out: where the copies go.
+        order: what to sort results by.
+        name: of the copies, a format string that is filled with the results.
+    """
+    found = [(folder, read_results(folder)) for folder in runs]
+    found.sort(key=lambda run: order(run[1]))
+    out.mkdir(parents=True, exist_ok=True)
+    for folder, results in found:
+        copy = name.format(**results)
+        write(out / f"{copy}.json", json.dumps(results, indent=2) + "\n")
+        write(out / f"{copy}.csv", (folder / "metrics.csv").read_text())
+    return found
 
 
 def resident_memory() -> float:

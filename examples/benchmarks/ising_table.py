@@ -12,7 +12,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import extras  # noqa: F401
 
 import csv
-import json
 from typing import Annotated, Any
 
 import matplotlib.pyplot as plt
@@ -20,7 +19,7 @@ import typer
 
 from images import save_figure
 from nflows_mongeampere.files import write
-from runs import read_results
+from runs import collect
 
 PUBLISHED = 0.0219  # above the exact free energy per site at L = 16, arXiv:1809.10188
 PICTURES = ("samples.png", "path.png", "structure.png")
@@ -94,17 +93,12 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for figures and metrics.")],
 ) -> None:
     """Collect finished runs: a table, their curves, and the pictures of the largest lattice."""
+    name = "{length}-{minutes:.0f}min-seed{seed}"
     try:
-        found = [(folder, read_results(folder)) for folder in runs]
+        found = collect(runs, out, lambda r: (r["length"], -r["minutes"], r["seed"]), name)
     except ValueError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
-    found.sort(key=lambda run: (run[1]["length"], -run[1]["minutes"], run[1]["seed"]))
-    out.mkdir(parents=True, exist_ok=True)
-    for folder, results in found:
-        name = f"{results['length']}-{results['minutes']:.0f}min-seed{results['seed']}"
-        write(out / f"{name}.json", json.dumps(results, indent=2) + "\n")
-        write(out / f"{name}.csv", (folder / "metrics.csv").read_text())
     for picture in PICTURES:
         write(out / picture, (found[-1][0] / picture).read_bytes())
     draw_curves(found, out / "learning.png")

@@ -12,7 +12,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import extras  # noqa: F401
 
 import csv
-import json
 import math
 from typing import Annotated, Any
 
@@ -23,7 +22,7 @@ import typer
 
 from images import mosaic, save_figure
 from nflows_mongeampere.files import write
-from runs import read_results
+from runs import collect
 
 # the published run: its loss after so many epochs of 500 steps (arXiv:1809.10188)
 PUBLISHED = {5: 1388, 10: 1370, 20: 1336, 50: 1290, 100: 1273, 200: 1264, 400: 1257}
@@ -110,15 +109,10 @@ def main(
 ) -> None:
     """Collect finished runs into a table with figures, best first."""
     try:
-        found = [(folder, read_results(folder)) for folder in runs]
+        found = collect(runs, out, lambda r: r["nll"], "{preset}")
     except ValueError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
-    found.sort(key=lambda run: run[1]["nll"])
-    out.mkdir(parents=True, exist_ok=True)
-    for folder, results in found:
-        write(out / f"{results['preset']}.json", json.dumps(results, indent=2) + "\n")
-        write(out / f"{results['preset']}.csv", (folder / "metrics.csv").read_text())
     table = [
         "| flow | parameters | minutes | test NLL (nats) | at twice the steps | spread of draws "
         "| bits/dim | command |",
