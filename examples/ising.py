@@ -443,6 +443,7 @@ def run(config: dict[str, Any], out: Path, overwrite: bool, settings: Settings) 
         make_flow(target, settings),
         target,
         num_samples=settings.samples,
+        path_gradient=True,
         optimizer=partial(make_optimizer, settings, target.sites),
         steps=config["steps"],
         minutes=config["minutes"],

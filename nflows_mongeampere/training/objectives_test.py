@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import math
 
 import normflows
@@ -17,7 +18,9 @@ from nflows_mongeampere import (
     transport_costs,
 )
 from nflows_mongeampere.normflows import MongeAmpere
-from nflows_mongeampere.training import MaximumLikelihood, ReverseKL
+from nflows_mongeampere.training import MaximumLikelihood, Objective, ReverseKL
+from nflows_mongeampere.transport import transports
+from nflows_mongeampere.variational import sample_and_log_prob
 
 
 class Normal(nn.Module):
@@ -78,6 +81,69 @@ def test_free_energy_is_an_upper_bound_whose_gradient_reaches_the_flow():
     assert all(p.grad is not None for p in flow.parameters())
 
 
+def moving_model(face: str, target: nn.Module | None = None) -> nn.Module:
+    """A model that moves its samples, with a negligible error of the solver."""
+    flow = model(face, target)
+    (transport,) = transports(flow)
+    transport.steps = 40
+    nn.init.normal_(transport.potential.amplitude)
+    return flow
+
+
+def gradients(objective: Objective) -> dict[str, torch.Tensor]:
+    """Of the loss, the samples being the same each time."""
+    torch.manual_seed(0)
+    names, parameters = zip(*objective.flow.named_parameters(), strict=True)
+    return dict(zip(names, torch.autograd.grad(objective.loss(None), parameters), strict=True))
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("face", ["nflows", "normflows"])
+def test_the_path_gradient_leaves_out_the_score(face):
+    """The whole gradient is that along the path and the mean score of the same samples."""
+    flow = moving_model(face, Normal())
+    keywords = {"target": Normal(), "num_samples": 16, "steps": 1}
+    whole = gradients(ReverseKL(flow, **keywords))
+    path = gradients(ReverseKL(flow, **keywords, path_gradient=True))
+    torch.manual_seed(0)
+    x, _ = sample_and_log_prob(flow, 16)
+    score = torch.autograd.grad(flow.log_prob(x.detach()).mean(), flow.parameters())
+    for name, part in zip(whole, score, strict=True):
+        torch.testing.assert_close(whole[name], path[name] + part, rtol=1e-4, atol=1e-7)
+        assert part.abs().max() > 1e-3
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("face", ["nflows", "normflows"])
+def test_the_path_gradient_of_an_exact_flow_is_zero_for_every_sample(face):
+    flow = moving_model(face)
+    target = copy.deepcopy(flow)
+    for path_gradient in (True, False):
+        objective = ReverseKL(flow, target, num_samples=1, steps=1, path_gradient=path_gradient)
+        for gradient in gradients(objective).values():
+            assert (gradient.abs().max() < 1e-5) == path_gradient
+
+
+@pytest.mark.usefixtures("float64")
+def test_the_path_gradient_keeps_the_loss_the_penalties_and_the_flow():
+    flow = moving_model("nflows")
+    losses = []
+    for path_gradient in (False, True):
+        objective = ReverseKL(
+            flow,
+            Normal(),
+            num_samples=16,
+            steps=1,
+            kinetic=0.5,
+            roughness=0.5,
+            path_gradient=path_gradient,
+        )
+        torch.manual_seed(0)
+        losses.append(objective._penalised_loss(None))
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=1e-6)
+    assert all(parameter.requires_grad for parameter in flow.parameters())
+
+
 @pytest.mark.parametrize("face", ["nflows", "normflows"])
 def test_penalties_weigh_the_mean_costs(face):
     flow, x = model(face), torch.randn(6, 2)
@@ -101,6 +167,9 @@ def test_the_rate_rises_and_falls_with_the_budget():
         rates.append(objective._rate(step))
     half = [0.5 * (1 + math.cos(math.pi * p)) for p in (0, 0.04, 0.09, 0.5, 1)]
     torch.testing.assert_close(rates, [0.1 * half[0], 0.5 * half[1], *half[2:]])
+    short = MaximumLikelihood(model("nflows"), steps=20, warmup_steps=1000)
+    short.progress = 0.05
+    torch.testing.assert_close(short._rate(0), 0.5 * 0.5 * (1 + math.cos(math.pi * 0.05)))
     constant = MaximumLikelihood(model("nflows"), steps=100, warmup_steps=0, anneal=False)
     constant.progress = 0.7
     assert constant._rate(70) == 1
