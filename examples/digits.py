@@ -238,6 +238,8 @@ def main(
     seed: Annotated[int, typer.Option(help="Seed of weights, batches and noise.")] = 0,
 ) -> None:
     """Train flows on scikit-learn's digits for the same time each, compare and draw them."""
+    # on batches this small a second thread gains little, and beside other work it waits for long
+    torch.set_num_threads(1)
     out.mkdir(parents=True, exist_ok=True)
     warnings.filterwarnings("ignore", module="nflows")
     digits = load()

@@ -867,28 +867,37 @@ def objectives(rng: random.Random) -> Call:
     x = torch.randn(ROWS, FEATURES)
     variational = rng.random() < 0.5
 
-    def evaluate(flow: Any, target: Any, num_samples: Any, **arguments: Any) -> list[Tensor]:
+    def evaluate(
+        flow: Any, target: Any, num_samples: Any, path_gradient: Any, **arguments: Any
+    ) -> list[Tensor]:
         if not variational:
             return [MaximumLikelihood(flow, **arguments).loss(x)]
-        objective = ReverseKL(flow, target, num_samples=num_samples, **arguments)
+        objective = ReverseKL(
+            flow, target, num_samples=num_samples, path_gradient=path_gradient, **arguments
+        )
         if objective.num_samples > 1000:
             return []
         return [objective.loss(x)]
 
     flows = {"None": None, "class": MongeAmpereFlow, "transform": flow._transform, "3": 3}
+    variational_only = {
+        "target": {"None": None, "3": 3},
+        "num_samples": INTEGERS,
+        "path_gradient": FLAGS,
+    }
     return Call(
         "training." + ("ReverseKL" if variational else "MaximumLikelihood"),
         evaluate,
         {
             **{"flow": flow, "target": target, "num_samples": 4, "learning_rate": 1e-3, "steps": 5},
             **{"minutes": 1.0, "warmup_steps": 3, "anneal": True, "seed": 0},
-            **{"kinetic": 0.1, "roughness": 0.0},
+            **{"kinetic": 0.1, "roughness": 0.0, "path_gradient": True},
         },
         {
             **{"flow": flows, "learning_rate": REALS, "steps": INTEGERS, "minutes": REALS},
             **{"warmup_steps": INTEGERS, "anneal": FLAGS, "seed": INTEGERS},
             **{"kinetic": REALS, "roughness": REALS},
-            **({"target": {"None": None, "3": 3}, "num_samples": INTEGERS} if variational else {}),
+            **(variational_only if variational else {}),
         },
     )
 

@@ -114,6 +114,20 @@ def test_the_path_gradient_leaves_out_the_score(face):
 
 
 @pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("path_gradient", [False, True])
+def test_the_free_energy_is_that_of_normflows(path_gradient):
+    flow = moving_model("normflows", Normal())
+    names, parameters = zip(*flow.named_parameters(), strict=True)
+    torch.manual_seed(0)
+    expected = flow.reverse_kld(16, score_fn=not path_gradient)
+    objective = ReverseKL(flow, num_samples=16, steps=1, path_gradient=path_gradient)
+    torch.manual_seed(0)
+    torch.testing.assert_close(objective.loss(None), expected)
+    whole = dict(zip(names, torch.autograd.grad(expected, parameters), strict=True))
+    torch.testing.assert_close(gradients(objective), whole)
+
+
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("face", ["nflows", "normflows"])
 def test_the_path_gradient_of_an_exact_flow_is_zero_for_every_sample(face):
     flow = moving_model(face)
@@ -198,8 +212,10 @@ def test_errors_name_the_argument(arguments, error, message):
         MaximumLikelihood(**{"flow": model("nflows"), "steps": 5, **arguments})
 
 
-def test_a_free_energy_needs_a_target():
+def test_a_free_energy_names_what_does_not_fit():
     with pytest.raises(TypeError, match="target: got NoneType, expected an object with log_prob"):
         ReverseKL(model("nflows"), steps=1)
     with pytest.raises(ValueError, match="num_samples: got 0"):
         ReverseKL(model("nflows"), Normal(), num_samples=0, steps=1)
+    with pytest.raises(TypeError, match="path_gradient: got 'yes'"):
+        ReverseKL(model("nflows"), Normal(), path_gradient="yes", steps=1)
