@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import sys
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 import nflows_mongeampere
+from nflows_mongeampere.files import write
 
 
 @dataclass
@@ -83,17 +83,5 @@ def write_report(folder: Path, name: str, title: str, sections: list[Section]) -
     command = f"`python {' '.join(sys.argv)}`"
     text = "\n\n".join([f"# {title}", command, *(section.markdown() for section in sections)])
     figures = {section.name: section.figures for section in sections}
-    _write_whole(folder / f"{name}.md", text + "\n")
-    _write_whole(folder / "results.json", json.dumps(figures, indent=2) + "\n")
-
-
-def _write_whole(path: Path, text: str) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write(folder / f"{name}.md", text + "\n")
+    write(folder / "results.json", json.dumps(figures, indent=2) + "\n")
