@@ -143,7 +143,7 @@ class Chain:
         Args:
             values: of the observable on each *sample* (not each step), shape (N,).
         """
-        path = values.detach().double()[self.numbers]
+        path = self._path(values)
         steps = len(path)
         centred = path - path.mean()
         spectrum = torch.fft.rfft(centred, n=2 * steps, dim=0).abs().square()
@@ -158,10 +158,20 @@ class Chain:
 
     def mean(self, values: Tensor) -> Estimate:
         """The mean of an observable along the chains, its error from the autocorrelation time."""
-        path = values.detach().double()[self.numbers]
+        path = self._path(values)
         independent = path.numel() / self.autocorrelation_time(values)
         error = math.inf if independent <= 1 else float(path.std()) / math.sqrt(independent)
         return Estimate(path.mean().item(), error)
+
+    def _path(self, values: Tensor) -> Tensor:
+        """The observable at each step of each chain, on the CPU."""
+        count = int(self.numbers.max()) + 1
+        if not isinstance(values, Tensor) or values.dim() != 1 or len(values) < count:
+            raise ValueError(
+                f"values: got {validation.describe(values)}, expected a tensor of shape (N,) with "
+                f"N >= {count}: the observable on each sample"
+            )
+        return values.detach().double().cpu()[self.numbers]
 
 
 def sample_and_log_prob(flow: Any, num_samples: int) -> tuple[Tensor, Tensor]:
@@ -169,6 +179,12 @@ def sample_and_log_prob(flow: Any, num_samples: int) -> tuple[Tensor, Tensor]:
     pair = flow.sample_and_log_prob if hasattr(flow, "sample_and_log_prob") else flow.sample
     x, log_q = pair(num_samples)
     return x, log_q
+
+
+def target_log_prob(target: Any, x: Tensor) -> Tensor:
+    """The unnormalised log-density of a target, which it has to give for each row of ``x``."""
+    what = "one log-density for each sample; torch.distributions.Independent sums over entries"
+    return validation.returned("target", target, target.log_prob(x), x.shape[:1], what)
 
 
 @torch.no_grad()
@@ -185,9 +201,14 @@ def weigh(flow: nn.Module, target: Any, num_samples: int, batch_size: int = 500)
         The samples with their weights.
 
     Raises:
-        TypeError: if ``target`` has no ``log_prob``.
-        ValueError: if a weight is no number.
+        TypeError: if ``flow`` is no flow, or ``target`` has no ``log_prob``.
+        ValueError: if the target does not give one log-density for each sample, or a weight is no
+            number.
     """
+    if not hasattr(flow, "sample"):
+        raise TypeError(
+            f"flow: got {type(flow).__name__}, expected a flow of nflows or a model of normflows"
+        )
     if not hasattr(target, "log_prob"):
         raise TypeError(f"target: got {type(target).__name__}, expected an object with log_prob")
     num_samples = validation.integer("num_samples", num_samples)
@@ -196,7 +217,7 @@ def weigh(flow: nn.Module, target: Any, num_samples: int, batch_size: int = 500)
     for first in range(0, num_samples, batch_size):
         x, log_q = sample_and_log_prob(flow, min(batch_size, num_samples - first))
         points.append(x)
-        log_weights.append((target.log_prob(x).double() - log_q.double()).cpu())
+        log_weights.append((target_log_prob(target, x).double() - log_q.double()).cpu())
     weights = torch.cat(log_weights)
     if bool(weights.isnan().any()) or bool((weights == math.inf).any()):
         raise ValueError("target: the log-density of the flow or of the target is no number")

@@ -132,3 +132,22 @@ def test_errors_name_the_argument():
 
     with pytest.raises(ValueError, match="target: the log-density"):
         weigh(flow, Broken(), 10)
+
+
+def test_a_target_gives_one_log_density_for_each_sample():
+    class Column:
+        def log_prob(self, x: torch.Tensor) -> torch.Tensor:
+            return -x.square().sum(1, keepdim=True)
+
+    with pytest.raises(ValueError, match=r"target: Column returned .*\(400, 1\)"):
+        weigh(Flow(IdentityTransform(), StandardNormal([2])), Column(), 400)
+    with pytest.raises(TypeError, match="flow: got int"):
+        weigh(3, Column(), 10)
+
+
+@pytest.mark.parametrize("shape", [(3,), (40, 1)])
+@pytest.mark.parametrize("method", ["mean", "autocorrelation_time"])
+def test_an_observable_of_a_chain_has_a_value_for_each_sample(method, shape):
+    chain = Chain(torch.arange(40)[:, None])
+    with pytest.raises(ValueError, match=r"values: got .*N >= 40"):
+        getattr(chain, method)(torch.randn(shape))

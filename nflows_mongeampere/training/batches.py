@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
@@ -11,10 +12,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from nflows_mongeampere import validation
 
-Preparation = Callable[[Tensor, torch.Generator], Tensor]
+# a batch is a tensor, or a tuple of tensors with as many rows
+Preparation = Callable[[Any, torch.Generator], Any]
 
 
-class EndlessBatches(Dataset[Tensor]):
+class EndlessBatches(Dataset[Any]):
     """An endless row of shuffled batches, of which number k depends on the seed and k alone.
 
     The rows are dealt out anew in each pass over the data. Where torch.distributed runs several
@@ -22,10 +24,11 @@ class EndlessBatches(Dataset[Tensor]):
     would.
 
     Args:
-        data: shape (N, ...), of any dtype.
+        data: shape (N, ...), of any dtype; or several such tensors of as many rows, of which a
+            batch is a tuple: data and context, say.
         batch_size: rows of a batch, over all processes.
         seed: of the order and the noise.
-        prepare: what is done to the rows of a whole batch, with a random generator for its noise:
+        prepare: what is done to a whole batch, with a random generator for its noise:
             dequantisation, say.
 
     Example:
@@ -37,33 +40,42 @@ class EndlessBatches(Dataset[Tensor]):
 
     def __init__(
         self,
-        data: Tensor,
+        data: Tensor | Sequence[Tensor],
         batch_size: int,
         seed: int = 0,
         prepare: Preparation | None = None,
     ) -> None:
-        if not isinstance(data, Tensor) or data.dim() == 0:
-            raise TypeError(
-                f"data: got {validation.describe(data)}, expected a torch.Tensor of shape (N, ...)"
-            )
-        self.data, self.prepare = data, prepare
+        several = isinstance(data, (list, tuple)) and len(data) > 0
+        self.data = tuple(data) if several else (data,)
+        for part in self.data:
+            if not isinstance(part, Tensor) or part.dim() == 0:
+                raise TypeError(
+                    f"data: got {_short(part)}, expected a torch.Tensor of shape (N, ...), or "
+                    "several with as many rows"
+                )
+        counts = [len(part) for part in self.data]
+        if len(set(counts)) > 1:
+            raise ValueError(f"data: got tensors of {counts} rows, expected as many in each")
+        self.prepare, self._several, self._rows = prepare, several, counts[0]
         self.seed = validation.integer("seed", seed, minimum=0)
         self.batch_size = validation.integer("batch_size", batch_size)
-        if self.batch_size > len(data):
+        if self.batch_size > self._rows:
             raise ValueError(
-                f"batch_size: got {batch_size}, more than the {len(data)} rows of data; use a "
+                f"batch_size: got {batch_size}, more than the {self._rows} rows of data; use a "
                 "smaller batch"
             )
         self._order = lru_cache(maxsize=1)(self._shuffle)
 
-    def __getitem__(self, number: int) -> Tensor:
+    def __getitem__(self, number: int) -> Any:
         """Batch ``number``, this process's part of it."""
-        epoch, place = divmod(number, len(self.data) // self.batch_size)
+        epoch, place = divmod(number, self._rows // self.batch_size)
         rows = self._order(epoch)[place * self.batch_size :][: self.batch_size]
-        batch = self.data[rows]
+        batch: Any = tuple(part[rows] for part in self.data)
+        batch = batch if self._several else batch[0]
         if self.prepare is not None:
             batch = self.prepare(batch, _generator(self.seed, number, 1))
-        return batch[self._share()]
+        share = self._share()
+        return batch[share] if isinstance(batch, Tensor) else tuple(part[share] for part in batch)
 
     def _share(self) -> slice:
         """The rows that fall to this process."""
@@ -78,26 +90,34 @@ class EndlessBatches(Dataset[Tensor]):
         return slice(rank, None, processes)
 
     def _shuffle(self, epoch: int) -> Tensor:
-        return torch.randperm(len(self.data), generator=_generator(self.seed, epoch, 0))
+        return torch.randperm(self._rows, generator=_generator(self.seed, epoch, 0))
 
 
-class _Chapters(Sampler[int]):
+class Chapters(Sampler[int]):
     """Counts on from chapter to chapter; Lightning says which chapter it is by ``set_epoch``."""
 
     def __init__(self, steps: int) -> None:
-        self.steps, self.chapter = steps, 0
+        self.steps, self.chapter, self.skipped = steps, 0, 0
+        self._resumed: int | None = None
+
+    def resume(self, batches: int) -> None:
+        """Begin the next chapter after so many batches, also where the last one ended early."""
+        self._resumed = batches
 
     def set_epoch(self, epoch: int) -> None:
+        if self._resumed is not None:
+            self.skipped, self._resumed = epoch * self.steps - self._resumed, None
         self.chapter = epoch
 
     def __len__(self) -> int:
         return self.steps
 
     def __iter__(self) -> Iterator[int]:
-        yield from range(self.chapter * self.steps, (self.chapter + 1) * self.steps)
+        first = self.chapter * self.steps - self.skipped
+        yield from range(first, first + self.steps)
 
 
-def endless(batches: Dataset[Tensor], chapter: int) -> DataLoader[Tensor]:
+def endless(batches: Dataset[Any], chapter: int) -> DataLoader[Any]:
     """A loader of ``batches`` 0, 1, 2, ..., in chapters after which Lightning may stop and resume.
 
     Args:
@@ -105,8 +125,12 @@ def endless(batches: Dataset[Tensor], chapter: int) -> DataLoader[Tensor]:
         chapter: batches between two validations and checkpoints: what Lightning calls an epoch.
     """
     return DataLoader(
-        batches, batch_size=None, sampler=_Chapters(validation.integer("chapter", chapter))
+        batches, batch_size=None, sampler=Chapters(validation.integer("chapter", chapter))
     )
+
+
+def _short(value: object) -> str:
+    return validation.describe(value) if isinstance(value, Tensor) else type(value).__name__
 
 
 def _generator(*numbers: int) -> torch.Generator:

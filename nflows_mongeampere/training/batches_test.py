@@ -80,3 +80,29 @@ def test_errors_name_the_argument(size):
         EndlessBatches(DATA, size)
     with pytest.raises(ValueError, match="chapter: got 0"):
         endless(EndlessBatches(DATA, 2), 0)
+
+
+def test_several_tensors_are_dealt_out_alike(monkeypatch):
+    data, labels = torch.arange(10.0)[:, None], torch.arange(10)
+    batches = EndlessBatches((data, labels), 4, seed=3)
+    for number in range(5):
+        rows, chosen = batches[number]
+        assert torch.equal(rows[:, 0].long(), chosen)
+        assert torch.equal(rows, EndlessBatches(data, 4, seed=3)[number])
+    noisy_pair = EndlessBatches(
+        [data, labels], 4, 3, lambda pair, generator: (noisy(pair[0], generator), pair[1])
+    )
+    whole = noisy_pair[2]
+    assert torch.equal(whole[0], EndlessBatches(data, 4, seed=3, prepare=noisy)[2])
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    for part, of in zip(noisy_pair[2], whole, strict=True):
+        assert torch.equal(part, of[1::2])
+
+
+def test_several_tensors_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"data: got tensors of \[10, 9\] rows"):
+        EndlessBatches((DATA, DATA[1:]), 2)
+    with pytest.raises(TypeError, match=r"data: got list, expected a torch.Tensor"):
+        EndlessBatches((DATA, [1, 2]), 2)

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from nflows_mongeampere import validation
 from nflows_mongeampere.files import write
-from nflows_mongeampere.training.divergence import DivergenceError
+from nflows_mongeampere.training.divergence import DivergenceError, mean_loss
 from nflows_mongeampere.training.objectives import Objective
 from nflows_mongeampere.transport import Transport, transports
 
@@ -120,7 +120,7 @@ class History(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        self._sum += float(outputs["loss"])
+        self._sum += mean_loss(trainer, outputs)
         self._count += 1
 
     def on_train_epoch_end(

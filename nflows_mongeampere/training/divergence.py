@@ -11,6 +11,7 @@ import pytorch_lightning as lightning
 from pytorch_lightning.callbacks import Callback
 
 from nflows_mongeampere import validation
+from nflows_mongeampere.transport import transports
 
 
 class DivergenceError(RuntimeError):
@@ -26,11 +27,17 @@ class DivergenceError(RuntimeError):
         )
 
 
+def mean_loss(trainer: lightning.Trainer, outputs: Any) -> float:
+    """The loss of a step, the same in every process."""
+    return float(trainer.strategy.reduce(outputs["loss"].detach(), reduce_op="mean"))
+
+
 class DivergenceGuard(Callback):
     """Stops a training whose loss is no number, or has risen far above the best so far.
 
     Checkpoints are written at the ends of chapters alone, which a diverged training does not reach:
-    the last one is good.
+    the last one is good. When the solver's steps change, the losses before are forgotten: they were
+    those of another solver.
 
     Args:
         deviations: by how many median absolute deviations of the best 20 losses in a row the median
@@ -44,6 +51,7 @@ class DivergenceGuard(Callback):
         self.rise = validation.positive("rise", rise)
         self._recent: deque[float] = deque(maxlen=20)
         self._best, self._spread = math.inf, 0.0
+        self._steps: list[int] = []
 
     def on_train_batch_end(
         self,
@@ -53,7 +61,11 @@ class DivergenceGuard(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        loss = float(outputs["loss"])
+        loss = mean_loss(trainer, outputs)
+        steps = [transport.steps for transport in transports(pl_module)]
+        if steps != self._steps:
+            self._recent.clear()
+            self._best, self._steps = math.inf, steps
         if not math.isfinite(loss):
             raise DivergenceError(trainer, f"the loss is {loss}")
         self._recent.append(loss)
@@ -70,8 +82,14 @@ class DivergenceGuard(Callback):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"recent": list(self._recent), "best": self._best, "spread": self._spread}
+        return {
+            "recent": list(self._recent),
+            "best": self._best,
+            "spread": self._spread,
+            "steps": self._steps,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._recent.extend(state_dict["recent"])
         self._best, self._spread = state_dict["best"], state_dict["spread"]
+        self._steps = state_dict["steps"]

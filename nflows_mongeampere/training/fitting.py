@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as lightning
 import torch
+from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.utilities import rank_zero_only
+from tqdm.auto import tqdm
 
+from nflows_mongeampere.files import write
+from nflows_mongeampere.training.batches import Chapters
 from nflows_mongeampere.training.callbacks import BudgetBar, History
 from nflows_mongeampere.training.divergence import DivergenceGuard
 from nflows_mongeampere.training.objectives import Objective
@@ -32,9 +39,11 @@ def fit(
 
     Where ``folder`` holds the checkpoint of an interrupted training, that one is taken up, with its
     optimiser, schedule, clock and place in the data; it ends with the numbers of an uninterrupted
-    one, to the last bit where the budget is in steps. Lightning is the engine: it uses a GPU
-    where there is one, and takes several processes, mixed precision, gradient clipping or loggers
-    as keywords.
+    one, to the last bit where the budget is in steps. Where the budget of that one is spent, its
+    weights are read, whatever the batches now are: a new training needs a new folder.
+
+    Lightning is the engine: it uses a GPU where there is one, and takes several processes, mixed
+    precision, gradient clipping or loggers as keywords.
 
     Args:
         objective: the loss, with its flow and its budget.
@@ -57,7 +66,7 @@ def fit(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     history = History(folder / "metrics.csv")
-    checkpoint = ModelCheckpoint(
+    best = _Best(
         folder,
         filename="best",
         monitor="validation",
@@ -75,19 +84,33 @@ def fit(
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
         "use_distributed_sampler": False,  # EndlessBatches deals out its own
+        "plugins": [_WholeFiles()],
         **trainer,
     }
+    last = folder / "last.ckpt"
+    earlier = _read(last) if _fits(last, objective) else None
+    objective.begin()
+    if earlier is not None:
+        steps, budget = earlier["global_step"], earlier["budget"]
+        if objective.spent(steps, budget["seconds"]) >= 1:
+            _tell(f"{name}: {folder} holds a finished training of {steps} steps, which is read")
+            history.load_state_dict(earlier["callbacks"][history.state_key])
+            restore(objective, folder / "best.ckpt")
+            return history
+        _tell(f"{name}: goes on from step {steps} in {folder}")
+        sampler = getattr(batches, "sampler", None)
+        if isinstance(sampler, Chapters):
+            sampler.resume(budget["batches"])
     with _quiet():
         engine = lightning.Trainer(
-            callbacks=[DivergenceGuard(), BudgetBar(name), *callbacks, history, checkpoint],
+            callbacks=[DivergenceGuard(), BudgetBar(name), *callbacks, history, best],
             **settings,
         )
-        last = folder / "last.ckpt"
         engine.fit(
             objective,
             batches,
             validation_batches,
-            ckpt_path=str(last) if _fits(last, objective) else None,
+            ckpt_path=None if earlier is None else str(last),
         )
         # where time runs out within an epoch, Lightning keeps no checkpoint of its steps
         engine.save_checkpoint(last)
@@ -106,7 +129,37 @@ def restore(objective: Objective, path: str | Path) -> None:
         raise ValueError(f"path: there is no checkpoint {path}; train the flow first")
     checkpoint = _read(path)
     objective.load_state_dict(checkpoint["state_dict"])
-    objective.on_load_checkpoint(checkpoint)
+    objective.take_steps(checkpoint)
+
+
+class _Best(ModelCheckpoint):
+    """Keeps the best weights, also where their folder has been moved since."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        def here(path: str) -> str:
+            return str(Path(str(self.dirpath)) / Path(path).name) if path else path
+
+        moved = {key: here(state_dict[key]) for key in state_dict if key.endswith("_path")}
+        kept = {here(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict(
+            {**state_dict, **moved, "best_k_models": kept, "dirpath": self.dirpath}
+        )
+
+
+class _WholeFiles(TorchCheckpointIO):
+    """Writes checkpoints whole or not at all, on any file system."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        content = BytesIO()
+        torch.save(checkpoint, content)
+        write(path, content.getvalue())
+
+
+@rank_zero_only
+def _tell(text: str) -> None:
+    tqdm.write(text, file=sys.stderr)
 
 
 def _fits(path: Path, objective: Objective) -> bool:
@@ -148,7 +201,9 @@ def _quiet() -> Iterator[None]:
     logger = logging.getLogger("pytorch_lightning")
     level = logger.level
     logger.setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
-        yield
-    logger.setLevel(level)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
+            yield
+    finally:
+        logger.setLevel(level)

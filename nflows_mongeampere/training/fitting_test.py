@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import normflows
 import pytest
+import pytorch_lightning as lightning
 import torch
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor, nn
@@ -126,7 +127,7 @@ def test_two_processes_learn_what_one_does(script, uninterrupted, tmp_path):
     subprocess.run(command(script, folder, processes=2), check=True, capture_output=True)
     one, two = table(uninterrupted), table(folder)
     assert [row["step"] for row in one] == [row["step"] for row in two]
-    for key in ("validation", "learning_rate"):
+    for key in ("train", "validation", "learning_rate"):
         torch.testing.assert_close(
             torch.tensor([row[key] for row in two]),
             torch.tensor([row[key] for row in one]),
@@ -248,13 +249,123 @@ def test_divergence_before_the_first_checkpoint_says_so(tmp_path):
 def test_which_rise_is_a_divergence_depends_on_the_size_of_an_event(entries):
     """Five nats are many for one number, and noise for the sum over a lattice of a hundred."""
     guard = DivergenceGuard()
-    trainer = SimpleNamespace(global_step=40, checkpoint_callback=None)
-    objective = SimpleNamespace(entries=entries)
+    trainer = lightning.Trainer(logger=False, accelerator="cpu", enable_checkpointing=False)
+    objective = MaximumLikelihood(MongeAmpereFlow(2, 4), steps=1)
+    objective.entries = entries
     losses = [*[-1.0] * 20, *[4.0] * 20]
     stopped = contextlib.nullcontext() if entries > 50 else pytest.raises(DivergenceError)
     with stopped:
         for loss in losses:
-            guard.on_train_batch_end(trainer, objective, {"loss": loss}, None, 0)
+            guard.on_train_batch_end(trainer, objective, {"loss": torch.tensor(loss)}, None, 0)
+
+
+def test_other_solver_steps_are_no_divergence():
+    """The guard of the solver ends an exploit, and the honest loss is higher."""
+    guard = DivergenceGuard()
+    trainer = lightning.Trainer(logger=False, accelerator="cpu", enable_checkpointing=False)
+    objective = MaximumLikelihood(MongeAmpereFlow(2, 4, steps=2), steps=1)
+    for steps, loss in ((2, -1.0), (4, 4.0)):
+        objective.flow._transform.steps = steps
+        for _ in range(30):
+            guard.on_train_batch_end(trainer, objective, {"loss": torch.tensor(loss)}, None, 0)
+    resumed = DivergenceGuard()
+    resumed.load_state_dict(guard.state_dict())
+    with pytest.raises(DivergenceError, match=r"risen from 4 to"):  # noqa: PT012
+        for _ in range(30):
+            resumed.on_train_batch_end(trainer, objective, {"loss": torch.tensor(9.0)}, None, 0)
+
+
+def test_a_field_without_bounds_in_a_validation_is_a_divergence(tmp_path):
+    class Unbounded(MaximumLikelihood):
+        def loss(self, batch: object) -> Tensor:
+            if not self.training:
+                raise IntegrationError("a field without bounds")
+            return super().loss(batch)
+
+    with pytest.raises(DivergenceError, match="a field without bounds"):
+        train(Unbounded(MongeAmpereFlow(2, 4), steps=20), tmp_path)
+
+
+def test_a_finished_training_is_read_and_not_trained_on(tmp_path, capsys):
+    objective = MaximumLikelihood(MongeAmpereFlow(2, 4), steps=20, anneal=False)
+    rows = train(objective, tmp_path)
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    again = MaximumLikelihood(MongeAmpereFlow(2, 4), steps=20, anneal=False)
+    assert train(again, tmp_path) == rows
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
+    for one, other in zip(objective.flow.parameters(), again.flow.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert f"{tmp_path} holds a finished training of 20 steps" in capsys.readouterr().err
+
+
+class Seen(MaximumLikelihood):
+    """Remembers the first row of each batch, and the noise of each step."""
+
+    def loss(self, batch: Tensor) -> Tensor:
+        if self.training:
+            rows, noise = self.__dict__.setdefault("seen", ([], []))
+            rows.append(float(batch[0, 0]))
+            noise.append(float(torch.rand(())))
+        return super().loss(batch)
+
+
+def test_a_longer_budget_goes_on_amid_a_chapter(tmp_path, capsys):
+    """Three batches of ten were left: they come next."""
+    halves = [Seen(MongeAmpereFlow(2, 4), steps=steps) for steps in (17, 34)]
+    for half in halves:
+        train(half, tmp_path / "halves")
+    whole = Seen(MongeAmpereFlow(2, 4), steps=34)
+    train(whole, tmp_path / "whole")
+    for part in range(2):
+        assert [*halves[0].seen[part], *halves[1].seen[part]] == whole.seen[part]
+    assert "goes on from step 17" in capsys.readouterr().err
+
+
+def test_accumulated_gradients_are_of_different_noise(tmp_path):
+    objective = Seen(MongeAmpereFlow(2, 4), steps=10)
+    rows = train(objective, tmp_path, accumulate_grad_batches=2)
+    assert rows[-1]["step"] == 10
+    for part in objective.seen:
+        assert len(set(part)) == len(part) == 20
+
+
+def test_restored_weights_leave_the_budget_whole(tmp_path):
+    objective = MaximumLikelihood(MongeAmpereFlow(2, 4), steps=10)
+    train(objective, tmp_path / "first")
+    restore(objective, tmp_path / "first" / "best.ckpt")
+    assert objective.progress == 1
+    assert [row["step"] for row in train(objective, tmp_path / "second")] == [10]
+    other = MaximumLikelihood(MongeAmpereFlow(2, 4), minutes=1)
+    restore(other, tmp_path / "first" / "best.ckpt")
+    assert other.progress == 0
+    assert other.seconds < 30
+
+
+def test_the_best_stays_the_best_in_a_folder_that_was_moved(tmp_path):
+    objective = MaximumLikelihood(MongeAmpereFlow(2, 16, steps=2), learning_rate=1e-2, steps=30)
+    train(objective, tmp_path / "old")
+    kept = weights(tmp_path / "old", "best.ckpt")
+    (tmp_path / "old").rename(tmp_path / "new")
+    longer = MaximumLikelihood(MongeAmpereFlow(2, 16, steps=2), learning_rate=1e-2, steps=60)
+    rows = train(longer, tmp_path / "new", callbacks=[Spoil()])
+    assert min(row["validation"] for row in rows[3:]) > rows[2]["validation"]
+    for key, value in weights(tmp_path / "new", "best.ckpt").items():
+        assert torch.equal(value, kept[key])
+    assert not (tmp_path / "old").exists()
+
+
+def test_a_checkpoint_is_written_whole(tmp_path, monkeypatch):
+    """Killed while it writes, a training has the checkpoint before."""
+    train(MaximumLikelihood(MongeAmpereFlow(2, 4), steps=10), tmp_path)
+    before = (tmp_path / "last.ckpt").read_bytes()
+
+    def killed(self: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        train(MaximumLikelihood(MongeAmpereFlow(2, 4), steps=20), tmp_path)
+    assert (tmp_path / "last.ckpt").read_bytes() == before
 
 
 def test_the_last_checkpoint_is_of_the_last_step(tmp_path):

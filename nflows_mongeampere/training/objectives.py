@@ -10,6 +10,7 @@ from typing import Any
 
 import pytorch_lightning as lightning
 import torch
+from normflows.flows import HamiltonianMonteCarlo, MetropolisHastings
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
@@ -18,7 +19,7 @@ from nflows_mongeampere.integration import IntegrationError
 from nflows_mongeampere.training.batches import mix
 from nflows_mongeampere.training.divergence import DivergenceError
 from nflows_mongeampere.transport import refined, transport_costs, transports
-from nflows_mongeampere.variational import sample_and_log_prob
+from nflows_mongeampere.variational import sample_and_log_prob, target_log_prob
 
 # rows of each validation batch on which the solver's error is measured
 WATCHED_ROWS = 20
@@ -49,6 +50,7 @@ class Objective(lightning.LightningModule):
     Attributes:
         flow: what is trained.
         progress: the part of the budget that is spent, from 0 to 1.
+        batches: how many were trained on; more than steps where gradients are accumulated.
         entries: of one event, as the last loss saw it: the scale of its noise.
     """
 
@@ -82,12 +84,21 @@ class Objective(lightning.LightningModule):
         self.anneal = validation.boolean("anneal", anneal)
         self.kinetic = validation.number("kinetic", kinetic, minimum=0)
         self.roughness = validation.number("roughness", roughness, minimum=0)
+        for name in ("kinetic", "roughness"):
+            if getattr(self, name) > 0 and not transports(flow):
+                raise ValueError(
+                    f"{name}: got {getattr(self, name):g} for a {type(flow).__name__} without a "
+                    "Monge-Ampère flow, whose paths it would weigh; leave it 0"
+                )
         self.seed = validation.integer("seed", seed, minimum=0)
-        self.progress = 0.0
         self.entries = 1
         self._make_optimizer = optimizer
-        self._seconds_before = 0.0
-        self._start = time.monotonic()
+        self.begin()
+
+    def begin(self) -> None:
+        """Nothing of the budget is spent."""
+        self.progress, self.batches = 0.0, 0
+        self._seconds_before, self._start = 0.0, time.monotonic()
 
     @property
     def seconds(self) -> float:
@@ -99,7 +110,8 @@ class Objective(lightning.LightningModule):
         raise NotImplementedError
 
     def training_step(self, batch: Any, index: int) -> Tensor:
-        torch.manual_seed(mix(self.seed, self.global_step, self.global_rank))
+        torch.manual_seed(mix(self.seed, self.batches, self.global_rank))
+        self.batches += 1
         try:
             return self._penalised_loss(batch)
         except IntegrationError as error:
@@ -116,15 +128,18 @@ class Objective(lightning.LightningModule):
     @torch.no_grad()
     def validation_step(self, batch: Any, index: int) -> None:
         """Log the loss at twice the solver's steps, and by how much these change it."""
-        with refined(self.flow):
-            loss = self._seeded_loss(batch, index)
-        self.log("validation", loss, batch_size=_rows(batch), sync_dist=True)
-        if transports(self.flow):
-            few = _first(batch, WATCHED_ROWS)
+        try:
             with refined(self.flow):
-                fine = self._seeded_loss(few, index)
-            error = self._seeded_loss(few, index) - fine
-            self.log("solver_error", error, batch_size=_rows(few), sync_dist=True)
+                loss = self._seeded_loss(batch, index)
+            self.log("validation", loss, batch_size=_rows(batch), sync_dist=True)
+            if transports(self.flow):
+                few = _first(batch, WATCHED_ROWS)
+                with refined(self.flow):
+                    fine = self._seeded_loss(few, index)
+                error = self._seeded_loss(few, index) - fine
+                self.log("solver_error", error, batch_size=_rows(few), sync_dist=True)
+        except IntegrationError as error:
+            raise DivergenceError(self.trainer, str(error)) from error
 
     def _seeded_loss(self, batch: Any, index: int) -> Tensor:
         """The loss of a validation batch, with the same random numbers each time."""
@@ -154,26 +169,36 @@ class Objective(lightning.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Take stock, before the learning rate of the next step is set."""
-        spent = [0.0]
-        if self.steps is not None:
-            spent.append((self.global_step + 1) / self.steps)
-        if self.minutes is not None:
-            # all processes go by the clock of the first
-            seconds = self.trainer.strategy.broadcast(self.seconds)
-            spent.append(seconds / (60 * self.minutes))
-        self.progress = min(1.0, max(spent))
+        # all processes go by the clock of the first
+        seconds = self.trainer.strategy.broadcast(self.seconds) if self.minutes else 0.0
+        self.progress = min(1.0, self.spent(self.global_step + 1, seconds))
+
+    def spent(self, steps: int, seconds: float) -> float:
+        """The part of the budget that so many steps in so many seconds spend."""
+        by_steps = steps / self.steps if self.steps else 0.0
+        by_clock = seconds / (60 * self.minutes) if self.minutes else 0.0
+        return max(by_steps, by_clock)
 
     def on_train_batch_end(self, outputs: object, batch: Any, index: int) -> None:
         if self.progress >= 1:
             self.trainer.should_stop = True
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["budget"] = {"seconds": self.seconds, "progress": self.progress}
+        checkpoint["budget"] = {
+            "seconds": self.seconds,
+            "progress": self.progress,
+            "batches": self.batches,
+        }
         checkpoint["solver_steps"] = [transport.steps for transport in transports(self.flow)]
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         self._seconds_before = checkpoint["budget"]["seconds"]
         self.progress = checkpoint["budget"]["progress"]
+        self.batches = checkpoint["budget"]["batches"]
+        self.take_steps(checkpoint)
+
+    def take_steps(self, checkpoint: Mapping[str, Any]) -> None:
+        """Take up the solver's steps of a checkpoint."""
         for transport, steps in zip(transports(self.flow), checkpoint["solver_steps"], strict=True):
             transport.steps = steps
 
@@ -217,7 +242,8 @@ class ReverseKL(Objective):
             at fixed :math:`x`, whose mean is zero. What is left, the gradient along the path of
             the samples, has no noise where :math:`q` is the target, and does not see whether the
             solver keeps :math:`q` normalised; it takes the inverse of the flow as well, about
-            twice the time. Roeder, Wu and Duvenaud, `arXiv:1703.09194
+            twice the time. The flow's ``log_prob`` has to be the density of its samples, which
+            stochastic layers break. Roeder, Wu and Duvenaud, `arXiv:1703.09194
             <https://arxiv.org/abs/1703.09194>`_.
     """
 
@@ -237,17 +263,29 @@ class ReverseKL(Objective):
                 f"target: got {type(target).__name__}, expected an object with log_prob, given "
                 "here or as the target p of the normflows model"
             )
+        learnt = {id(p) for p in flow.parameters() if p.requires_grad}
+        if isinstance(target, nn.Module) and any(id(p) in learnt for p in target.parameters()):
+            raise ValueError(
+                f"target: {type(target).__name__}, the target p of the model, has parameters that "
+                "would be trained with the flow; call requires_grad_(False) on it"
+            )
         self.target = target
         self.num_samples = validation.integer("num_samples", num_samples)
         self.path_gradient = validation.boolean("path_gradient", path_gradient)
+        for layer in flow.modules() if self.path_gradient else ():
+            if isinstance(layer, (MetropolisHastings, HamiltonianMonteCarlo)):
+                raise ValueError(
+                    f"path_gradient: got True for a flow with a {type(layer).__name__} layer, "
+                    "whose log_prob is not the density of given samples; leave it False"
+                )
 
     def loss(self, batch: Any) -> Tensor:
         x, log_q = sample_and_log_prob(self.flow, self.num_samples)
-        if self.path_gradient and x.requires_grad:
+        if self.path_gradient and bool(x.isfinite().all()):
             flow: Any = self.flow
             with _held(flow):
                 log_q = flow.log_prob(x)
-        loss: Tensor = (log_q - self.target.log_prob(x)).mean()
+        loss: Tensor = (log_q - target_log_prob(self.target, x)).mean()
         self.entries = x[0].numel()
         return loss
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from nflows.distributions import StandardNormal
 from nflows.flows import Flow
-from nflows.transforms import PointwiseAffineTransform
+from nflows.transforms import CompositeTransform, PointwiseAffineTransform
 from torch import nn
 
 from nflows_mongeampere import (
@@ -141,6 +141,7 @@ def test_the_path_gradient_of_an_exact_flow_is_zero_for_every_sample(face):
 @pytest.mark.usefixtures("float64")
 def test_the_path_gradient_keeps_the_loss_the_penalties_and_the_flow():
     flow = moving_model("nflows")
+    flow._transform.potential.bias.requires_grad_(False)
     losses = []
     for path_gradient in (False, True):
         objective = ReverseKL(
@@ -155,7 +156,8 @@ def test_the_path_gradient_keeps_the_loss_the_penalties_and_the_flow():
         torch.manual_seed(0)
         losses.append(objective._penalised_loss(None))
     torch.testing.assert_close(*losses, rtol=1e-6, atol=1e-6)
-    assert all(parameter.requires_grad for parameter in flow.parameters())
+    learnt = {name for name, parameter in flow.named_parameters() if parameter.requires_grad}
+    assert learnt == {"_transform.potential.weight", "_transform.potential.amplitude"}
 
 
 @pytest.mark.parametrize("face", ["nflows", "normflows"])
@@ -205,6 +207,11 @@ def test_the_rate_rises_and_falls_with_the_budget():
         ({"kinetic": -0.1}, ValueError, "kinetic: got -0.1, expected a finite number >= 0"),
         ({"roughness": math.nan}, ValueError, "roughness: got nan"),
         ({"roughness": "none"}, TypeError, "roughness: got 'none'"),
+        (
+            {"flow": Flow(PointwiseAffineTransform(0.0, 2.0), StandardNormal([2])), "kinetic": 1},
+            ValueError,
+            "kinetic: got 1 for a Flow without a Monge-Ampère flow",
+        ),
     ],
 )
 def test_errors_name_the_argument(arguments, error, message):
@@ -219,3 +226,28 @@ def test_a_free_energy_names_what_does_not_fit():
         ReverseKL(model("nflows"), Normal(), num_samples=0, steps=1)
     with pytest.raises(TypeError, match="path_gradient: got 'yes'"):
         ReverseKL(model("nflows"), Normal(), path_gradient="yes", steps=1)
+    flow = model("normflows", normflows.distributions.DiagGaussian(2))
+    with pytest.raises(ValueError, match=r"target: DiagGaussian, .* would be trained"):
+        ReverseKL(flow, steps=1)
+    ReverseKL(model("normflows", flow.p.requires_grad_(False)), steps=1)
+    steps = normflows.flows.MetropolisHastings(
+        Normal(), normflows.distributions.DiagGaussianProposal((2,), 0.1), 2
+    )
+    flow = normflows.NormalizingFlow(normflows.distributions.DiagGaussian(2), [steps], Normal())
+    with pytest.raises(ValueError, match="path_gradient: got True for a flow with a Metropolis"):
+        ReverseKL(flow, path_gradient=True, steps=1)
+
+
+def test_a_target_has_one_log_density_for_each_sample():
+    """Others would be broadcast, without a word where D is the number of samples."""
+    flow, target = MongeAmpereFlow(4, 4), torch.distributions.Normal(0.0, 1.0)
+    with pytest.raises(ValueError, match=r"target: Normal returned .*\(4, 4\).*Independent"):
+        ReverseKL(flow, target, num_samples=4, steps=1).loss(None)
+
+
+def test_samples_without_bounds_are_a_loss_that_is_no_number():
+    """The guard of the training says the rest."""
+    wide = PointwiseAffineTransform(0.0, 1e-30)
+    flow = Flow(CompositeTransform([wide, wide]), StandardNormal([2]))
+    loss = ReverseKL(flow, Normal(), path_gradient=True, steps=1).loss(None)
+    assert not math.isfinite(loss)
