@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import nn
 
-from nflows_mongeampere.flow import MongeAmpereFlow
+from nflows_mongeampere.flow import MongeAmpereFlow, Noise
 from nflows_mongeampere.groups import Group
 from nflows_mongeampere.potentials import (
     ConvolutionalPotential,
@@ -236,6 +236,8 @@ def _monge_ampere_flow(f: MongeAmpereFlow) -> Arguments:
     del potential["bias"]
     wrapped = _flow(f)
     del wrapped["transform"]
+    if isinstance(f._distribution, Noise):
+        wrapped["distribution"] = None
     return {**potential, **wrapped, **_transport(f._transform)}
 
 
@@ -245,6 +247,15 @@ def _affine(t: Any) -> Arguments:
 
 def _features(m: Any) -> Arguments:
     return {"features": m.features}
+
+
+def _conditional_normal(d: Any) -> Arguments:
+    return {"shape": list(d._shape), "context_encoder": d._context_encoder}
+
+
+def _embedding(m: nn.Embedding) -> Arguments:
+    names = ("num_embeddings", "embedding_dim", "padding_idx", "max_norm", "norm_type")
+    return {name: getattr(m, name) for name in names}
 
 
 def _linear(m: nn.Linear) -> Arguments:
@@ -268,6 +279,7 @@ KNOWN: dict[str, tuple[type, Callable[[Any], Arguments]]] = {
         (flows.Flow, _flow),
         (distributions.StandardNormal, lambda d: {"shape": list(d._shape)}),
         (distributions.DiagonalNormal, lambda d: {"shape": list(d._shape)}),
+        (distributions.ConditionalDiagonalNormal, _conditional_normal),
         (transforms.CompositeTransform, lambda t: {"transforms": list(t._transforms)}),
         (transforms.InverseTransform, lambda t: {"transform": t._transform}),
         (transforms.IdentityTransform, lambda t: {}),
@@ -281,6 +293,12 @@ KNOWN: dict[str, tuple[type, Callable[[Any], Arguments]]] = {
         (transforms.RandomPermutation, lambda t: {"features": len(t._permutation), "dim": t._dim}),
         (transforms.ReversePermutation, lambda t: {"features": len(t._permutation), "dim": t._dim}),
         (nn.Linear, _linear),
+        (nn.Embedding, _embedding),
+        (nn.Sequential, lambda m: {"modules": list(m)}),
+        (nn.Softplus, lambda m: {"beta": m.beta, "threshold": m.threshold}),
+        (nn.ReLU, lambda m: {}),
+        (nn.SiLU, lambda m: {}),
+        (nn.Tanh, lambda m: {}),
     )
 }
 
@@ -290,6 +308,7 @@ _CONSTRUCTORS: dict[str, Callable[..., Any]] = {
     "PointwiseAffineTransform": lambda shape, scale: transforms.PointwiseAffineTransform(
         torch.zeros(shape), torch.ones(scale)
     ),
+    "Sequential": lambda modules: nn.Sequential(*modules),
     "Permutation": lambda features, dim: transforms.Permutation(torch.arange(features), dim),
 }
 

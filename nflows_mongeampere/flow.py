@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,18 @@ from torch import Tensor, nn
 from nflows_mongeampere import validation
 from nflows_mongeampere.potentials import RidgePotential
 from nflows_mongeampere.transform import MongeAmpereTransform
+
+
+class Noise(StandardNormal):
+    """The standard normal of nflows, drawn in the dtype of the flow instead of the default."""
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        super().__init__(shape)
+        self.register_buffer("_like", torch.empty(0), persistent=False)
+
+    def _sample(self, num_samples: int, context: Tensor | None) -> Tensor:
+        rows = (num_samples,) if context is None else (len(context), num_samples)
+        return torch.randn(*rows, *self._shape, dtype=self._like.dtype, device=self._like.device)
 
 
 class MongeAmpereFlow(Flow):
@@ -78,9 +91,15 @@ class MongeAmpereFlow(Flow):
             )
         super().__init__(
             transform=MongeAmpereTransform(potential, **transport),
-            distribution=StandardNormal([features]) if distribution is None else distribution,
+            distribution=Noise([features]) if distribution is None else distribution,
             embedding_net=embedding_net,
         )
+
+    @property
+    def transform(self) -> MongeAmpereTransform:
+        """The transform from data to noise, with its steps and its potential."""
+        transform: MongeAmpereTransform = self._transform
+        return transform
 
     # the methods of nflows, with checks where nflows makes none
     def log_prob(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:

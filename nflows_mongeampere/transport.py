@@ -133,8 +133,9 @@ def refined(model: nn.Module, factor: int = 2) -> Iterator[None]:
         >>> import torch
         >>> from nflows_mongeampere import MongeAmpereFlow, refined
         >>> flow, x = MongeAmpereFlow(2, 16), torch.randn(8, 2)
+        >>> coarse = flow.log_prob(x)
         >>> with refined(flow):
-        ...     change = flow.log_prob(x) - flow.log_prob(x)
+        ...     change = flow.log_prob(x) - coarse
     """
     factor = validation.integer("factor", factor)
     flows = transports(model)
@@ -199,12 +200,17 @@ class Transport(nn.Module):
             rtol=rtol,
             max_steps=max_steps,
         )
+        self._built_steps = self.integrator.steps
         self._adopt(self.integrator.steps, tolerance=None)
         self._costs: TransportCosts | None = None
 
     @property
     def steps(self) -> int:
-        """The number of fixed steps; may be set, to evaluate the same flow more finely."""
+        """The number of fixed steps; may be set, to evaluate the same flow more finely.
+
+        Other steps than those of the constructor are part of the ``state_dict``: a flow that takes
+        one up is the flow that was saved, also where a training has refined it.
+        """
         return self.integrator.steps
 
     @steps.setter
@@ -268,22 +274,27 @@ class Transport(nn.Module):
         return choice
 
     def get_extra_state(self) -> Tensor:
-        """The steps and the tolerance that :meth:`choose_steps` chose, for the ``state_dict``."""
-        return torch.tensor([self.steps, self.tolerance or 0.0], dtype=torch.float64)
+        """The steps and the tolerance of :meth:`choose_steps`, for the ``state_dict``.
+
+        Each is zero where there is nothing to take up: steps of the constructor, no tolerance.
+        """
+        changed = self.tolerance is not None or self.steps != self._built_steps
+        steps = self.steps if changed else 0
+        return torch.tensor([steps, self.tolerance or 0.0], dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take up the steps of a ``state_dict`` where they were chosen by a tolerance."""
+        """Take up the steps of a ``state_dict``, unless they were those of a constructor."""
         valid = isinstance(state, Tensor) and state.is_floating_point() and state.shape == (2,)
         valid = valid and state.layout == torch.strided
         numbers = state.tolist() if valid and not state.is_meta else [math.nan]
-        if not all(map(math.isfinite, numbers)) or numbers[1] < 0:
+        if not all(map(math.isfinite, numbers)) or min(numbers) < 0:
             raise ValueError(
-                f"state: got {state!r}, expected two finite numbers, the steps and the tolerance "
-                "that get_extra_state gave"
+                f"state: got {state!r}, expected two finite numbers of at least 0, the steps and "
+                "the tolerance that get_extra_state gave"
             )
         steps, tolerance = numbers
-        if tolerance > 0:
-            self._adopt(int(steps), tolerance)
+        if steps > 0:
+            self._adopt(int(steps), tolerance or None)
 
     def _adopt(self, steps: int, tolerance: float | None) -> None:
         self.steps, self.tolerance = steps, tolerance

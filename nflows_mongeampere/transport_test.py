@@ -510,6 +510,7 @@ def test_steps_may_be_set():
         torch.tensor([8, 0]),
         torch.tensor([math.nan, 1.0]),
         torch.tensor([8.0, -1.0]),
+        torch.tensor([-8.0, 0.0]),
         torch.tensor([8.0, 1.0]).to_sparse(),
         torch.zeros(2, device="meta"),
     ],
@@ -595,3 +596,15 @@ def test_samples_in_batches(size):
     flow = MongeAmpereFlow(2, 4, context_features=1)
     assert flow.sample(5, torch.ones(3, 1), size).shape == (3, 5, 2)
     assert MongeAmpereFlow(2, 4).sample(5, batch_size=size).shape == (5, 2)
+
+
+@pytest.mark.parametrize("changed", [True, False])
+def test_a_state_dict_brings_steps_that_were_changed(changed):
+    """Else the densities of a flow that a training has refined would come back as others."""
+    flow, other = (MongeAmpereTransform(RidgePotential(2, 4), steps=steps) for steps in (2, 3))
+    flow.steps = 8 if changed else 2
+    other.load_state_dict(flow.state_dict())
+    assert (other.steps, other.tolerance) == (8 if changed else 3, None)
+    third = MongeAmpereTransform(RidgePotential(2, 4), steps=5)
+    third.load_state_dict(other.state_dict())
+    assert third.steps == (8 if changed else 5)

@@ -138,7 +138,8 @@ def batch(name: str, value: object, like: Tensor | None) -> Tensor:
         if value.dtype != like.dtype:
             raise TypeError(
                 f"{name}: got dtype {value.dtype}, but the model's parameters are {like.dtype}; "
-                f"convert one of them with .to(...)"
+                "convert one of them with .to(...); noise of nflows' own bases has "
+                "torch.get_default_dtype()"
             )
         if value.device != like.device:
             raise ValueError(

@@ -7,11 +7,28 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from nflows_mongeampere import validation
 from nflows_mongeampere.differentiation import derivative, differentiation, uncompiled
 from nflows_mongeampere.dynamics import Field
 from nflows_mongeampere.potentials.base import Potential, Time
+
+# What no potential can be made of, and what to take instead.
+_UNFIT: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
+    (
+        (
+            *(nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ReLU6, nn.SELU, nn.Threshold),
+            *(nn.Hardtanh, nn.Hardsigmoid, nn.Hardshrink, nn.Softshrink),
+            *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
+        ),
+        "whose slope jumps, so that the Laplacian misses what the gradient does there and "
+        "densities are not normalised; take Softplus, SiLU or Tanh, or average pooling",
+    ),
+    ((_BatchNorm,), "which couples the rows of a batch; take LayerNorm"),
+    ((_DropoutNd,), "which draws anew in every evaluation along a path; leave it out"),
+)
 
 # Coordinates of the exact Laplacian that are differentiated at once.
 _CHUNK = 64
@@ -29,7 +46,8 @@ class AutogradPotential(Potential):
     Args:
         module: maps ``x`` of shape (B, ...) to (B,). Where its ``forward`` has parameters named
             ``t`` or ``context`` it is given the time, a tensor of shape (), and the context. It
-            must treat rows separately and be twice differentiable: ReLU networks are not.
+            must treat rows separately and be twice differentiable: layers of ReLU, BatchNorm or
+            Dropout are refused.
         laplacian: ``"exact"`` or ``"hutchinson"``.
         probe: distribution of the probe, ``"rademacher"`` or ``"gaussian"``.
 
@@ -48,6 +66,13 @@ class AutogradPotential(Potential):
         super().__init__()
         if not isinstance(module, nn.Module) or _has_no_forward(module):
             raise TypeError(f"module: got {module!r}, expected a torch.nn.Module with a forward")
+        for name, layer in module.named_modules():
+            for unfit, reason in _UNFIT:
+                if isinstance(layer, unfit):
+                    raise ValueError(
+                        f"module: {type(module).__name__} has a layer {type(layer).__name__}"
+                        f"{f' ({name})' if name else ''}, {reason}"
+                    )
         self.module = module
         self.laplacian_method = validation.choice("laplacian", laplacian, ("exact", "hutchinson"))
         self.probe = validation.choice("probe", probe, ("rademacher", "gaussian"))

@@ -261,3 +261,18 @@ def test_module_that_does_not_fit_its_input():
 def test_module_without_forward(module):
     with pytest.raises(TypeError, match=r"^module: got .* with a forward"):
         AutogradPotential(module)
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (nn.ReLU(), r"has a layer ReLU \(1\), whose slope jumps.* take Softplus"),
+        (nn.LeakyReLU(), "LeakyReLU"),
+        (nn.Hardtanh(), "Hardtanh"),
+        (nn.BatchNorm1d(4), "which couples the rows of a batch; take LayerNorm"),
+        (nn.Dropout(), "which draws anew in every evaluation"),
+    ],
+)
+def test_layers_that_make_no_density_are_refused(layer, message):
+    with pytest.raises(ValueError, match=f"^module: Sequential .*{message}"):
+        AutogradPotential(nn.Sequential(nn.Linear(2, 4), layer, nn.Linear(4, 1), nn.Flatten(0)))
