@@ -33,7 +33,7 @@ from rich.table import Table
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 import digits
 from images import Images, draw_rows, save_figure
@@ -69,21 +69,10 @@ def conditional_pipeline(train: Tensor) -> Flow:
     return Flow(flow._transform, flow._distribution, nn.Embedding(CLASSES, EMBEDDING))
 
 
-class ClassLikelihood(MaximumLikelihood):
-    """Fits p(x | c) to rows that hold an image and, last, its class."""
-
-    def loss(self, batch: Tensor) -> Tensor:
-        return super().loss([batch[:, :-1], batch[:, -1].long()])
-
-
-def labelled(images: Tensor, labels: Tensor) -> Tensor:
-    """Rows of an image and its class, shape (N, 65)."""
-    return torch.cat([images, labels[:, None]], dim=1)
-
-
-def dequantised(rows: Tensor, generator: torch.Generator) -> Tensor:
-    """The same rows, with noise on the pixels."""
-    return torch.cat([digits.pixels(rows[:, :-1], generator), rows[:, -1:]], dim=1)
+def dequantised(batch: tuple[Tensor, Tensor], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The same images and classes, with noise on the pixels."""
+    images, classes = batch
+    return digits.pixels(images, generator), classes
 
 
 def train_conditional(images: Images, labels: Labels, seconds: float, seed: int) -> Flow:
@@ -96,14 +85,14 @@ def train_conditional(images: Images, labels: Labels, seconds: float, seed: int)
             flow.parameters(), lr=entry.learning_rate, weight_decay=entry.weight_decay
         )
 
-    train = labelled(images.train, labels.train)
-    watched = labelled(images.validation, labels.validation).repeat(3, 1)
+    train = (images.train, labels.train)
+    watched = (images.validation.repeat(3, 1), labels.validation.repeat(3))
     watched = dequantised(watched, torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as folder:
         fit(
-            ClassLikelihood(flow, optimizer=optimizer, minutes=seconds / 60, seed=seed),
+            MaximumLikelihood(flow, optimizer=optimizer, minutes=seconds / 60, seed=seed),
             endless(EndlessBatches(train, 100, seed, dequantised), chapter=120),
-            DataLoader(watched, batch_size=len(watched)),  # type: ignore[arg-type]
+            DataLoader(TensorDataset(*watched), batch_size=len(watched[0])),
             folder,
             name="conditional",
         )

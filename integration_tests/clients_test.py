@@ -16,7 +16,7 @@ from sbi.simulators.linear_gaussian import (
 from sbi.utils.tracking import TensorBoardTracker
 from sklearn.datasets import load_digits
 from torch.distributions import MultivariateNormal
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.tensorboard import SummaryWriter
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -25,7 +25,12 @@ sys.path.insert(0, str(EXAMPLES))
 import conditional_digits  # noqa: E402
 import inference  # noqa: E402
 import vae  # noqa: E402
-from nflows_mongeampere.training import EndlessBatches, endless, fit  # noqa: E402
+from nflows_mongeampere.training import (  # noqa: E402
+    EndlessBatches,
+    MaximumLikelihood,
+    endless,
+    fit,
+)
 
 
 def run(script, *options):
@@ -53,15 +58,15 @@ def test_each_digit_has_its_own_label(labelled_digits):
 def test_the_flow_learns_that_the_class_matters(labelled_digits, tmp_path):
     images, labels = labelled_digits
     flow = conditional_digits.conditional_pipeline(images.train)
-    rows = conditional_digits.labelled(images.train, labels.train)
+    rows = (images.train, labels.train)
     watched = conditional_digits.dequantised(
-        conditional_digits.labelled(images.validation, labels.validation), torch.Generator()
+        (images.validation, labels.validation), torch.Generator()
     )
     batches = EndlessBatches(rows, 100, 0, conditional_digits.dequantised)
     fit(
-        conditional_digits.ClassLikelihood(flow, learning_rate=1e-2, steps=100, warmup_steps=10),
+        MaximumLikelihood(flow, learning_rate=1e-2, steps=100, warmup_steps=10),
         endless(batches, chapter=100),
-        DataLoader(watched, batch_size=len(watched)),
+        DataLoader(TensorDataset(*watched), batch_size=len(watched[0])),
         tmp_path,
     )
     result = conditional_digits.score(flow.eval(), images.test[:150], labels.test[:150])
