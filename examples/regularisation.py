@@ -48,7 +48,7 @@ def train(penalty: tuple[float, float], iterations: int, seed: int) -> MongeAmpe
     torch.manual_seed(seed)
     flow = MongeAmpereFlow(2, 128, time_dependent=True, time=1.0, steps=8)
     with torch.no_grad():
-        flow.get_parameter("_transform.potential.weight").mul_(SHARPNESS)
+        flow._transform.potential.weight.mul_(SHARPNESS)
     optimizer = torch.optim.Adam(flow.parameters(), lr=1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
     data = moons(20_000, seed)

@@ -93,7 +93,10 @@ def fit(
     if earlier is not None:
         steps, budget = earlier["global_step"], earlier["budget"]
         if objective.spent(steps, budget["seconds"]) >= 1:
-            _tell(f"{name}: {folder} holds a finished training of {steps} steps, which is read")
+            _tell(
+                f"{name}: {folder} holds a finished training of {steps} steps, which is read; "
+                "a new one needs a new folder"
+            )
             history.load_state_dict(earlier["callbacks"][history.state_key])
             restore(objective, folder / "best.ckpt")
             return history
