@@ -95,7 +95,7 @@ def main(
     """Collect finished runs: a table, their curves, and the pictures of the largest lattice."""
     name = "{length}-{minutes:.0f}min-seed{seed}"
     try:
-        found = collect(runs, out, lambda r: (r["length"], -r["minutes"], r["seed"]), name)
+        found = collect(runs, out, lambda r: (r["length"], -round(r["minutes"]), r["seed"]), name)
     except ValueError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
