@@ -207,3 +207,21 @@ def test_an_unfinished_run_has_no_line(tmp_path):
     assert done.returncode == 2
     assert "holds no results.json" in done.stderr
     assert not (tmp_path / "table").exists()
+
+
+@pytest.mark.parametrize(
+    ("length", "path_gradient", "flag"),
+    [
+        (16, True, ""),
+        (16, False, " --no-path-gradient"),
+        (32, False, ""),
+        (32, True, " --path-gradient"),
+    ],
+)
+def test_the_command_of_a_run_names_what_is_not_the_default(length, path_gradient, flag):
+    config = {
+        **{"length": length, "temperature": 2.5, "minutes": 30.0, "steps": None, "seed": 1},
+        **{"samples": ising.SAMPLES, "path_gradient": path_gradient},
+    }
+    start = f"python examples/ising.py --length {length} --temperature 2.5 --minutes 30 --seed 1"
+    assert ising.command(config) == start + flag

@@ -182,7 +182,11 @@ def sample_and_log_prob(flow: Any, num_samples: int) -> tuple[Tensor, Tensor]:
 
 
 def target_log_prob(target: Any, x: Tensor) -> Tensor:
-    """The unnormalised log-density of a target, which it has to give for each row of ``x``."""
+    """The unnormalised log-density of a target in nats, shape (N,), at points of shape (N, ...).
+
+    Raises:
+        ValueError: if the target gives anything but one number for each point.
+    """
     what = "one log-density for each sample; torch.distributions.Independent sums over entries"
     return validation.returned("target", target, target.log_prob(x), x.shape[:1], what)
 
