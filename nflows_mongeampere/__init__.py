@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from nflows_mongeampere.accuracy import AccuracyWarning, ErrorEstimate, StepChoice
+from nflows_mongeampere.costs import TransportCosts
 from nflows_mongeampere.groups import Group
 from nflows_mongeampere.integration import IntegrationError, Integrator
+from nflows_mongeampere.models import refined, transport_costs
 from nflows_mongeampere.potentials import (
     AutogradPotential,
     ConvolutionalPotential,
@@ -15,7 +17,7 @@ from nflows_mongeampere.potentials import (
     SymmetrizedPotential,
 )
 from nflows_mongeampere.transform import MongeAmpereTransform
-from nflows_mongeampere.transport import Trajectory, TransportCosts, refined, transport_costs
+from nflows_mongeampere.transport import Trajectory
 from nflows_mongeampere.version import __version__
 
 if TYPE_CHECKING:

@@ -1,26 +1,25 @@
-"""How far a flow's outputs and log-densities are from the exact solution of its equations."""
+"""How far a solution is from the exact one, and the fewest steps that are near enough."""
 
 from __future__ import annotations
 
-import copy
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from nflows_mongeampere import validation
-from nflows_mongeampere.integration import IntegrationError
-
-if TYPE_CHECKING:
-    from nflows_mongeampere.transport import Transport
+from nflows_mongeampere.integration import IntegrationError, Integrator
 
 logger = logging.getLogger("nflows_mongeampere")
 
 # The finest solution that choose_steps will try.
 MAX_STEPS = 4096
+
+# outputs and log-densities (or log-determinants) of a batch, as an integrator gives them
+Map = Callable[[Integrator], "tuple[Tensor, Tensor]"]
 
 
 class AccuracyWarning(UserWarning):
@@ -49,65 +48,63 @@ class StepChoice:
 
     Attributes:
         steps: the number of fixed steps.
-        error: the largest error of a log-determinant in the batch at these steps, in nats.
+        error: the largest error in the batch at these steps, in nats.
         tolerance: the error that was asked for, in nats.
+        quantity: what is right to that error: ``"log_prob"``, where the base distribution is known,
+            or ``"logabsdet"``.
     """
 
     steps: int
     error: float
     tolerance: float
+    quantity: str = "logabsdet"
 
     def __str__(self) -> str:
         return (
-            f"{self.steps} steps give every log-density of the batch to {self.error:.2g} nats "
+            f"{self.steps} steps give every {self.quantity} of the batch to {self.error:.2g} nats "
             f"(asked: {self.tolerance:.2g})"
         )
 
 
 @torch.no_grad()
-def estimate_error(
-    transport: Transport, inputs: Tensor, context: Tensor | None, to_data: bool
-) -> ErrorEstimate:
-    r"""The error of a solve, by comparison with a finer one.
+def compare(solve: Map, integrator: Integrator) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Outputs, and how far they and the log-determinants are from the exact ones, row by row.
 
     With a solver of order p the error of N steps is :math:`2^p / (2^p - 1)` times their distance
     from 2N steps (Richardson). Adaptive solvers are compared with themselves at a hundredth of
     the tolerance.
     """
-    coarse = _apply(_with(transport), inputs, context, to_data)
-    fine = _apply(_finer(transport), inputs, context, to_data)
-    factor = _richardson(transport)
-    back, _ = _apply(_with(transport), coarse[0], context, not to_data)
-    return ErrorEstimate(
-        outputs=factor * _distance(coarse[0], fine[0]),
-        logabsdet=factor * (coarse[1] - fine[1]).abs(),
-        round_trip=_distance(back, inputs),
+    outputs, logabsdet = solve(integrator)
+    if integrator.adaptive:
+        finer = replace(integrator, atol=integrator.atol / 100, rtol=integrator.rtol / 100)
+        factor = 1.0
+    else:
+        finer = replace(integrator, steps=2 * integrator.steps)
+        factor = 2**integrator.order / (2**integrator.order - 1)
+    better, better_logabsdet = solve(finer)
+    return (
+        outputs,
+        factor * distance(outputs, better),
+        factor * (logabsdet - better_logabsdet).abs(),
     )
 
 
 @torch.no_grad()
 def choose_steps(
-    transport: Transport,
-    inputs: Tensor,
-    tolerance: float,
-    context: Tensor | None,
-    to_data: bool,
+    solve: Map, integrator: Integrator, tolerance: float, quantity: str
 ) -> StepChoice:
-    """The fewest steps whose log-determinants are right to ``tolerance`` on every row."""
+    """The fewest steps that are right to ``tolerance`` on every row."""
     tolerance = validation.positive("tolerance", tolerance)
-    if isinstance(inputs, Tensor) and inputs.shape[:1] == (0,):
-        raise ValueError("inputs: got no rows, expected the data or noise to choose the steps by")
-    if transport.integrator.adaptive:
+    if integrator.adaptive:
         raise ValueError(
-            f"solver: got {transport.integrator.solver!r}, which chooses its own steps; set atol "
-            "and rtol, or use a fixed-step solver"
+            f"solver: got {integrator.solver!r}, which chooses its own steps; set atol and rtol, "
+            "or use a fixed-step solver"
         )
-    order = transport.integrator.order
 
     @cache
     def solution(steps: int) -> Tensor | None:
         try:
-            return _apply(_with(transport, steps=steps), inputs, context, to_data)[1]
+            return solve(replace(integrator, steps=steps))[1]
         except IntegrationError:  # too coarse even to arrive
             return None
 
@@ -116,7 +113,7 @@ def choose_steps(
         rough, reference = solution(steps), solution(finer)
         if rough is None or reference is None:
             return float("inf")
-        return float((rough - reference).abs().max()) / (1 - (steps / finer) ** order)
+        return float((rough - reference).abs().max()) / (1 - (steps / finer) ** integrator.order)
 
     steps = 1
     while (found := error(steps, 2 * steps)) > tolerance:
@@ -136,41 +133,12 @@ def choose_steps(
             enough, found = middle, candidate
         else:
             too_few = middle
-    choice = StepChoice(enough, found, tolerance)
+    choice = StepChoice(enough, found, tolerance, quantity)
     logger.info(str(choice))
     return choice
 
 
-def _with(transport: Transport, **changes: Any) -> Transport:
-    """The same flow, parameters shared, integrated in another way."""
-    twin = copy.copy(transport)
-    twin.integrator = replace(transport.integrator, **changes)
-    twin.tolerance = None  # a twin does not watch itself
-    twin._costs = None
-    return twin
-
-
-def _finer(transport: Transport) -> Transport:
-    integrator = transport.integrator
-    if integrator.adaptive:
-        return _with(transport, atol=integrator.atol / 100, rtol=integrator.rtol / 100)
-    return _with(transport, steps=2 * integrator.steps)
-
-
-def _richardson(transport: Transport) -> float:
-    integrator = transport.integrator
-    return 1.0 if integrator.adaptive else 2**integrator.order / (2**integrator.order - 1)
-
-
-def _apply(
-    transport: Transport, inputs: Tensor, context: Tensor | None, to_data: bool
-) -> tuple[Tensor, Tensor]:
-    """One solve, with the same random probe each time where the potential draws one."""
-    devices = [inputs.device] if isinstance(inputs, Tensor) and inputs.is_cuda else []
-    with torch.random.fork_rng(devices=devices):  # every solve starts from the caller's generator
-        return transport._map("inputs", inputs, context, to_data)
-
-
-def _distance(a: Tensor, b: Tensor) -> Tensor:
+def distance(a: Tensor, b: Tensor) -> Tensor:
+    """The Euclidean distance of each row, shape (B,)."""
     distance: Tensor = torch.linalg.vector_norm((a - b).flatten(1), dim=1)
     return distance

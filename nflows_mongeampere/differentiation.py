@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import wraps
-from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-
-P = ParamSpec("P")
-R = TypeVar("R")
+from torch.autograd import forward_ad
 
 
-def uncompiled(method: Callable[P, R]) -> Callable[P, R]:
-    """``method`` outside of the graphs of torch.compile, which cannot be differentiated twice.
-
-    Unlike ``torch.compiler.disable`` alone it loads no compiler where none is used.
-    """
-
-    @wraps(method)
-    def call(*arguments: P.args, **keywords: P.kwargs) -> R:
-        if torch.compiler.is_compiling():
-            outside: Callable[P, R] = torch.compiler.disable(method)
-            return outside(*arguments, **keywords)
-        return method(*arguments, **keywords)
-
-    return call
+def transformed(*tensors: Tensor | None) -> bool:
+    """Whether a function transform, or forward-mode differentiation of some tensors, is at work."""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    if forward_ad._current_level < 0:
+        return False
+    given = (tensor for tensor in tensors if tensor is not None)
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in given)
 
 
 @contextmanager
@@ -44,11 +34,6 @@ def differentiation(
         # a view, so that a context computed from x does not count as x
         point = x.view_as(x) if keep_graph and x.requires_grad else x.detach().requires_grad_()
         yield point, context, keep_graph
-
-
-def usable(x: Tensor) -> Tensor:
-    """x, or a copy that autograd may save where x was made in inference mode."""
-    return x.clone() if x.is_inference() and not torch.is_inference_mode_enabled() else x
 
 
 def derivative(scalars: Tensor, x: Tensor, keep_graph: bool) -> Tensor:

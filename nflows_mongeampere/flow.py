@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,15 +17,22 @@ from nflows_mongeampere.transform import MongeAmpereTransform
 
 
 class Noise(StandardNormal):
-    """The standard normal of nflows, drawn in the dtype of the flow instead of the default."""
+    """The standard normal of nflows, drawn where and as its flow computes."""
 
-    def __init__(self, shape: Sequence[int]) -> None:
+    def __init__(self, shape: Sequence[int], flow: nn.Module | None = None) -> None:
         super().__init__(shape)
-        self.register_buffer("_like", torch.empty(0), persistent=False)
+        del self._log_z  # a buffer, which would stay behind where models are built without numbers
+        # in a tuple, because the noise is part of the flow and not the other way round
+        self._flow = () if flow is None else (flow,)
+
+    def _log_prob(self, inputs: Tensor, context: Tensor | None) -> Tensor:
+        entries = self._shape.numel()
+        return -0.5 * (inputs.square().flatten(1).sum(1) + entries * math.log(2 * math.pi))
 
     def _sample(self, num_samples: int, context: Tensor | None) -> Tensor:
         rows = (num_samples,) if context is None else (len(context), num_samples)
-        return torch.randn(*rows, *self._shape, dtype=self._like.dtype, device=self._like.device)
+        like = next((p for flow in self._flow for p in flow.parameters()), torch.empty(0))
+        return torch.randn(*rows, *self._shape, dtype=like.dtype, device=like.device)
 
 
 class MongeAmpereFlow(Flow):
@@ -89,11 +97,22 @@ class MongeAmpereFlow(Flow):
                 f"distribution: got one over rows of shape {tuple(shape)}, expected {features} "
                 "entries, as many as features"
             )
-        super().__init__(
-            transform=MongeAmpereTransform(potential, **transport),
-            distribution=Noise([features]) if distribution is None else distribution,
-            embedding_net=embedding_net,
-        )
+        transform = MongeAmpereTransform(potential, **transport)
+        base = Noise([features], potential) if distribution is None else distribution
+        super().__init__(transform, base, embedding_net)
+        transform._base = (base,)
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments that build a flow like this one, without what it has learnt."""
+        transport, embedding = self.transform.arguments(), self._embedding_net
+        potential = transport.pop("potential").arguments()
+        del potential["bias"]
+        return {
+            **potential,
+            "embedding_net": None if isinstance(embedding, nn.Identity) else embedding,
+            "distribution": None if isinstance(self._distribution, Noise) else self._distribution,
+            **transport,
+        }
 
     @property
     def transform(self) -> MongeAmpereTransform:
@@ -101,20 +120,13 @@ class MongeAmpereFlow(Flow):
         transform: MongeAmpereTransform = self._transform
         return transform
 
-    # the methods of nflows, with checks where nflows makes none
     def log_prob(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
-        inputs, context = _tensor("inputs", inputs), _rows("context", context)
-        if context is not None and inputs.shape[:1] != context.shape[:1]:
+        """The log-density of rows of data in nats, shape (B,)."""
+        shape = tuple(torch.as_tensor(inputs).shape)
+        if len(shape) == 0 or shape[1:] != tuple(getattr(self._distribution, "_shape", shape[1:])):
             raise ValueError(
-                f"context: got {len(context)} rows for inputs of shape {tuple(inputs.shape)}, "
-                "expected one for each"
-            )
-        rows = inputs.shape[1:]
-        base = torch.Size(getattr(self._distribution, "_shape", rows))
-        if rows != base and rows.numel() == base.numel():
-            raise ValueError(
-                f"inputs: got shape {tuple(inputs.shape)}, expected {('B', *base)}, the shape of "
-                "the base distribution; reshape inputs"
+                f"inputs: got shape {shape}, expected (B, {self.transform.potential.features}), "
+                "rows of the base distribution; reshape inputs"
             )
         log_prob: Tensor = super().log_prob(inputs, context)
         return log_prob
@@ -122,48 +134,18 @@ class MongeAmpereFlow(Flow):
     def sample(
         self, num_samples: int, context: Tensor | None = None, batch_size: int | None = None
     ) -> Tensor:
+        """Samples, shape (N, D), or (C, N, D) for C rows of context.
+
+        Args:
+            num_samples: N.
+            context: shape (C, ...), where the flow is conditional.
+            batch_size: how many are drawn at once; None for all.
+        """
         num_samples = validation.integer("num_samples", num_samples)
-        size = num_samples
-        if batch_size is not None:
-            size = validation.integer("batch_size", batch_size)
-        context = _rows("context", context)
-        parts = []
-        for first in range(0, num_samples, size):
-            parts.append(super().sample(min(size, num_samples - first), context))
+        size = num_samples if batch_size is None else validation.integer("batch_size", batch_size)
+        parts = [
+            super(MongeAmpereFlow, self).sample(min(size, num_samples - first), context)
+            for first in range(0, num_samples, size)
+        ]
         # nflows would join batches along the contexts
         return torch.cat(parts, dim=0 if context is None else 1)
-
-    def sample_and_log_prob(
-        self, num_samples: int, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        num_samples = validation.integer("num_samples", num_samples)
-        result: tuple[Tensor, Tensor] = super().sample_and_log_prob(
-            num_samples, _rows("context", context)
-        )
-        return result
-
-    def transform_to_noise(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
-        noise: Tensor = super().transform_to_noise(
-            _tensor("inputs", inputs), _rows("context", context)
-        )
-        return noise
-
-
-def _tensor(name: str, value: object) -> Tensor:
-    """``value`` as a tensor; nflows takes whatever can be made one."""
-    try:
-        tensor = torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise TypeError(
-            f"{name}: got {value!r} ({type(value).__name__}), expected a tensor"
-        ) from error
-    return validation.dense(name, tensor)
-
-
-def _rows(name: str, value: object) -> Tensor | None:
-    if value is None:
-        return None
-    rows = _tensor(name, value)
-    if rows.dim() == 0:
-        raise ValueError(f"{name}: got shape (), expected (B, ...) with a leading batch dimension")
-    return rows

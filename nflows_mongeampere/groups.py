@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,8 +15,68 @@ from nflows_mongeampere import validation
 # Elements of the largest group that is built, and entries of all of them.
 LARGEST, LARGEST_TABLE = 2**17, 2**26
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
-class Group:
+
+def _on_cpu(function: Callable[P, R]) -> Callable[P, R]:
+    """``function`` with its tables on the CPU, also where models are built on the meta device."""
+
+    @wraps(function)
+    def call(*arguments: P.args, **keywords: P.kwargs) -> R:
+        with torch.device("cpu"):
+            return function(*arguments, **keywords)
+
+    return call
+
+
+class Elements:
+    """Signed permutations of the entries of an event.
+
+    They are no part of a module's state: they lie on the CPU, and a copy on each device where they
+    have acted.
+
+    Attributes:
+        permutations: shape (n, D).
+        signs: of ±1, shape (n, D).
+    """
+
+    permutations: Tensor
+    signs: Tensor
+
+    def __init__(self, permutations: Tensor, signs: Tensor) -> None:
+        self.permutations, self.signs = permutations, signs
+
+    def __len__(self) -> int:
+        return len(self.permutations)
+
+    @property
+    def features(self) -> int:
+        """D, the number of entries of an event."""
+        return self.permutations.shape[1]
+
+    def act(self, x: Tensor) -> Tensor:
+        """Every image of a batch, shape (n, B, D), of events of shape (B, D)."""
+        permutations, signs = self._on(x.device)
+        return x[:, permutations].movedim(0, 1) * signs[:, None].to(x.dtype)
+
+    def act_back(self, images: Tensor) -> Tensor:
+        """The inverse of each element on its image, both of shape (n, B, D)."""
+        permutations, signs = self._on(images.device)
+        back = permutations.argsort(dim=1)[:, None].expand(-1, images.shape[1], -1)
+        return (images * signs[:, None].to(images.dtype)).gather(2, back)
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if device == self.permutations.device:
+            return self.permutations, self.signs
+        copies = self.__dict__.setdefault("_copies", {})
+        if device not in copies:
+            copies[device] = self.permutations.to(device), self.signs.to(device)
+        tables: tuple[Tensor, Tensor] = copies[device]
+        return tables
+
+
+class Group(Elements):
     r"""A finite group whose elements permute the entries of an event and change their signs.
 
     An element :math:`g = (\pi, s)` acts by
@@ -52,11 +113,10 @@ class Group:
                 [4., 3.]])
     """
 
-    permutations: Tensor
-    signs: Tensor
     generators: Tensor
     lattice: tuple[int, ...] | None
 
+    @_on_cpu
     def __init__(self, elements: Iterable[Any]) -> None:
         given = _read(elements, "group")
         self._generate(given, len(given), None)
@@ -69,6 +129,7 @@ class Group:
             )
 
     @classmethod
+    @_on_cpu
     def generated_by(cls, generators: Iterable[Any], lattice: Sequence[int] | None = None) -> Group:
         """The smallest group that holds some elements.
 
@@ -88,24 +149,16 @@ class Group:
         return group
 
     @property
-    def features(self) -> int:
-        """D, the number of entries of an event."""
-        return self.permutations.shape[1]
-
-    @property
     def odd(self) -> bool:
         """Whether x → -x is an element."""
-        here = self.permutations == torch.arange(self.features)
+        here = self.permutations == torch.arange(self.features, device="cpu")
         return bool((here & (self.signs == -1)).all(1).any())
 
-    def act(self, x: Tensor) -> Tensor:
-        """Every image of a batch, shape (n, B, D), of events of shape (B, D)."""
-        images = x[:, self.permutations.to(x.device)].movedim(0, 1)
-        return images * self.signs[:, None].to(x)
+    def some(self, chosen: Tensor) -> Elements:
+        """Those of the elements that a mask of shape (n,) chooses."""
+        return Elements(self.permutations[chosen], self.signs[chosen])
 
-    def __len__(self) -> int:
-        return len(self.permutations)
-
+    @_on_cpu
     def __mul__(self, other: Group) -> Group:
         if not isinstance(other, Group):
             return NotImplemented
@@ -156,6 +209,7 @@ class Group:
         self.lattice = lattice
 
 
+@_on_cpu
 def translations(shape: Sequence[int]) -> Group:
     """The translations of a periodic lattice.
 
@@ -172,6 +226,7 @@ def translations(shape: Sequence[int]) -> Group:
     return Group.generated_by(shifts, lattice=sizes)
 
 
+@_on_cpu
 def point_group(shape: Sequence[int]) -> Group:
     """The rotations and reflections of a periodic lattice that keep its first site.
 
@@ -187,6 +242,7 @@ def point_group(shape: Sequence[int]) -> Group:
     return Group.generated_by(move.flatten() for move in moves)
 
 
+@_on_cpu
 def reflections(shape: Sequence[int], dimensions: Sequence[int] = (-1,)) -> Group:
     """Reflections of an image, or of any array.
 
@@ -206,6 +262,7 @@ def reflections(shape: Sequence[int], dimensions: Sequence[int] = (-1,)) -> Grou
     return Group.generated_by(entries.flip(d).flatten() for d in dimensions)
 
 
+@_on_cpu
 def sign_flip(features: int) -> Group:
     """The group of the identity and of x → -x.
 
@@ -220,7 +277,7 @@ def lattice_shape(name: str, value: object) -> tuple[int, ...]:
     """Return ``value`` as a tuple if it is the shape of a lattice."""
     if isinstance(value, str) or not isinstance(value, Sequence) or not value:
         raise TypeError(f"{name}: got {value!r}, expected a sequence of integers >= 1")
-    return validation.shape(name, value, len(value))
+    return validation.shape(name, value)
 
 
 def _read(elements: Iterable[Any], name: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""The normflows face: a Monge-Ampère flow as a ``Flow`` layer."""
+"""The normflows adapter: a Monge-Ampère flow as a ``Flow`` layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The nflows face: a Monge-Ampère flow as a ``Transform``."""
+"""The nflows adapter: a Monge-Ampère flow as a ``Transform``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of arguments, made once, at the border of the package.
+"""Checks of arguments, made once, in the public call.
 
 Every error names the argument, what came, what was expected and what to do.
 """
@@ -7,82 +7,95 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from numbers import Real
 
-import numpy as np
 import torch
 from torch import Tensor
 
-# The largest size that a 32-bit index reaches.
-LARGEST = 2**31 - 1
+_checking: ContextVar[bool] = ContextVar("checking", default=True)
 
 
-def boolean(name: str, value: object) -> bool:
-    """Return ``value`` if it is True or False."""
-    if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), expected True or False")
-    return bool(value)
+@contextmanager
+def unchecked() -> Iterator[None]:
+    """Within it flows do not look whether numbers are finite: rows that are not come out as NaN."""
+    token = _checking.set(False)
+    try:
+        yield
+    finally:
+        _checking.reset(token)
+
+
+def looks_finite(value: Tensor) -> bool:
+    """Whether all entries are finite, or nothing may branch on them here.
+
+    Compilers, tracers and function transforms see no numbers, and :func:`unchecked` asks not to
+    look.
+    """
+    if torch.compiler.is_compiling() or not _checking.get():
+        return True
+    if torch._C._are_functorch_transforms_active() or value.is_meta:
+        return True
+    if torch.jit.is_tracing():  # type: ignore[no-untyped-call]
+        return True
+    # one number is quicker to look at than all; a sum that overflows decides nothing
+    value = value.detach()
+    return math.isfinite(value.sum().item()) or bool(torch.isfinite(value).all())
 
 
 def integer(name: str, value: object, *, minimum: int = 1) -> int:
     """Return ``value`` if it is an integer that is at least ``minimum``."""
     try:
-        if isinstance(value, (bool, np.bool_)):
+        if isinstance(value, bool):
             raise TypeError
         number = operator.index(value)  # type: ignore[arg-type]
-    except (TypeError, RuntimeError) as error:  # the latter from tensors without data
+    except TypeError as error:
         raise TypeError(
             f"{name}: got {value!r} ({type(value).__name__}), expected an integer >= {minimum}"
         ) from error
     if number < minimum:
         raise ValueError(f"{name}: got {number}, expected an integer >= {minimum}")
-    if number > LARGEST:
-        raise ValueError(
-            f"{name}: got a number of {number.bit_length()} bits, expected at most {LARGEST}"
-        )
     return number
 
 
-def shape(name: str, value: object, dimensions: int) -> tuple[int, ...]:
-    """Return ``value`` as a tuple if it is the shape of a tensor of so many dimensions."""
-    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != dimensions:
-        raise TypeError(f"{name}: got {value!r}, expected {dimensions} integers >= 1")
-    sizes = tuple(integer(f"{name}[{i}]", size) for i, size in enumerate(value))
-    if math.prod(sizes) > LARGEST:
-        raise ValueError(f"{name}: got {sizes}, expected at most {LARGEST} entries")
-    return sizes
-
-
-def positive(name: str, value: object) -> float:
-    """Return ``value`` as a float if it is a finite positive number."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(
-            f"{name}: got {value!r} ({type(value).__name__}), expected a positive number"
-        )
-    number = real(value)
-    if not math.isfinite(number) or number <= 0:
-        raise ValueError(f"{name}: got {number}, expected a finite number > 0")
-    return number
+def shape(name: str, value: object, dimensions: int | None = None) -> tuple[int, ...]:
+    """Return ``value`` as a tuple if it is the shape of a tensor."""
+    wanted = "integers" if dimensions is None else f"{dimensions} integers"
+    if (
+        isinstance(value, str)
+        or not isinstance(value, Sequence)
+        or len(value) not in (dimensions or len(value),)
+    ):
+        raise TypeError(f"{name}: got {value!r}, expected a sequence of {wanted} >= 1")
+    return tuple(integer(f"{name}[{i}]", size) for i, size in enumerate(value))
 
 
 def number(name: str, value: object, *, minimum: float = -math.inf) -> float:
     """Return ``value`` as a float if it is a finite number that is at least ``minimum``."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), expected a number")
-    result = real(value)
+    result = float(value)
     if not math.isfinite(result) or result < minimum:
         least = "" if minimum == -math.inf else f" >= {minimum:g}"
         raise ValueError(f"{name}: got {result}, expected a finite number{least}")
     return result
 
 
-def real(value: Real) -> float:
-    """``value`` as a float, infinite where it is too large for one."""
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
+def positive(name: str, value: object) -> float:
+    """Return ``value`` as a float if it is a finite positive number."""
+    result = number(name, value)
+    if result <= 0:
+        raise ValueError(f"{name}: got {result}, expected a finite number > 0")
+    return result
+
+
+def boolean(name: str, value: object) -> bool:
+    """Return ``value`` if it is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), expected True or False")
+    return value
 
 
 def choice(name: str, value: object, choices: Iterable[str]) -> str:
@@ -90,16 +103,6 @@ def choice(name: str, value: object, choices: Iterable[str]) -> str:
     allowed = tuple(choices)
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, allowed))}")
-    return value
-
-
-def dense(name: str, value: Tensor) -> Tensor:
-    """Return ``value`` if it is neither sparse nor nested."""
-    if value.layout != torch.strided or value.is_nested:
-        raise TypeError(
-            f"{name}: got a {_layout(value)} tensor, expected a dense one; "
-            f"convert it with {name}.to_dense() or pad it"
-        )
     return value
 
 
@@ -117,70 +120,31 @@ def batch(name: str, value: object, like: Tensor | None) -> Tensor:
             f"{name}: got {type(value).__name__}, expected a torch.Tensor of shape (B, ...); "
             "convert it with torch.as_tensor"
         )
-    dense(name, value)
-    if value.is_floating_point() and value.dtype not in (torch.float32, torch.float64):
+    if value.dtype not in (torch.float32, torch.float64):
         raise TypeError(
-            f"{name}: got dtype {value.dtype}, whose rounding adds up along the path until a "
-            "log-density means nothing; convert model and data with .to(torch.float32), and "
-            "leave half precision to torch.autocast"
+            f"{name}: got dtype {value.dtype}, expected float32 or float64; convert it with "
+            f"{name}.to(torch.get_default_dtype()), and leave half precision to torch.autocast"
         )
-    if not value.is_floating_point():
-        raise TypeError(
-            f"{name}: got dtype {value.dtype}, expected floating point; "
-            f"convert it with {name}.to(torch.get_default_dtype())"
-        )
-    if value.dim() < 2:
+    if value.dim() < 2 or value.shape[1:].numel() == 0:
         raise ValueError(
             f"{name}: got shape {tuple(value.shape)}, expected (B, ...) with a leading batch "
             f"dimension; a single row is {name}[None]"
         )
-    if like is not None:
-        if value.dtype != like.dtype:
-            raise TypeError(
-                f"{name}: got dtype {value.dtype}, but the model's parameters are {like.dtype}; "
-                "convert one of them with .to(...); noise of nflows' own bases has "
-                "torch.get_default_dtype()"
-            )
-        if value.device != like.device:
-            raise ValueError(
-                f"{name}: got a tensor on {value.device}, but the model's parameters are on "
-                f"{like.device}; move one of them with .to(...)"
-            )
-    if value.is_meta:
-        raise ValueError(
-            f"{name}: got a tensor on meta, where there are no numbers; "
-            "build model and data on a device that has some"
+    if like is not None and value.dtype != like.dtype:
+        raise TypeError(
+            f"{name}: got dtype {value.dtype}, but the model's parameters are {like.dtype}; "
+            "convert one of them with .to(...); noise of nflows' own bases has "
+            "torch.get_default_dtype()"
         )
-    if not bool(torch.isfinite(value).all()):
+    if like is not None and value.device != like.device:
+        raise ValueError(
+            f"{name}: got a tensor on {value.device}, but the model's parameters are on "
+            f"{like.device}; move one of them with .to(...)"
+        )
+    if not looks_finite(value):
         raise ValueError(
             f"{name}: got NaN or infinite entries, expected finite ones; clean the data"
         )
-    return value
-
-
-def instant(name: str, value: object, like: Tensor) -> float | Tensor:
-    """Return ``value`` if it is a finite time, or one for each row of ``like``."""
-    if isinstance(value, Tensor):
-        if value.layout != torch.strided or value.is_complex() or value.dtype == torch.bool:
-            raise TypeError(
-                f"{name}: got a {_layout(value)} tensor of {value.dtype}, expected a dense one of "
-                "real numbers"
-            )
-        if tuple(value.shape) not in ((), (len(like),)):
-            raise ValueError(
-                f"{name}: got shape {tuple(value.shape)}, expected () or ({len(like)},): one time "
-                "for all rows of x or one for each"
-            )
-        if value.is_meta:
-            raise ValueError(f"{name}: got a tensor on meta, where there are no numbers")
-    elif isinstance(value, Real):
-        value = real(value)
-    else:
-        raise TypeError(
-            f"{name}: got {value!r}, expected a number or a tensor of shape () or ({len(like)},)"
-        )
-    if not bool(torch.isfinite(torch.as_tensor(value, dtype=like.dtype)).all()):
-        raise ValueError(f"{name}: got {value}, expected finite times in {like.dtype}")
     return value
 
 
@@ -194,13 +158,7 @@ def returned(name: str, source: object, value: object, shape: torch.Size, what: 
         shape: the shape that was expected.
         what: the meaning of that shape.
     """
-    if (
-        not isinstance(value, Tensor)
-        or value.shape != shape
-        or value.layout != torch.strided
-        or value.is_meta
-        or not value.is_floating_point()
-    ):
+    if not isinstance(value, Tensor) or value.shape != shape or not value.is_floating_point():
         raise ValueError(
             f"{name}: {type(source).__name__} returned {describe(value)}, expected floating-point "
             f"numbers in a tensor of shape {tuple(shape)}: {what}"
@@ -210,10 +168,6 @@ def returned(name: str, source: object, value: object, shape: torch.Size, what: 
 
 def describe(value: object) -> str:
     """A few words on an argument of the wrong kind."""
-    if isinstance(value, Tensor) and not value.is_nested:
+    if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}, {value.dtype}, on {value.device}"
     return repr(value)
-
-
-def _layout(value: Tensor) -> str:
-    return "nested" if value.is_nested else str(value.layout).removeprefix("torch.")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +13,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from nflows_mongeampere import validation
-from nflows_mongeampere.differentiation import derivative, differentiation, uncompiled
-from nflows_mongeampere.dynamics import Field
-from nflows_mongeampere.potentials.base import Potential, Time
+from nflows_mongeampere.differentiation import derivative, differentiation, transformed
+from nflows_mongeampere.dynamics import Field, Time
+from nflows_mongeampere.potentials.base import Potential
 
-# What no potential can be made of, and what to take instead.
+# What spoils a potential where x goes through it, and what to take instead.
 _UNFIT: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
     (
         (
@@ -23,8 +25,8 @@ _UNFIT: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
             *(nn.Hardtanh, nn.Hardsigmoid, nn.Hardshrink, nn.Softshrink),
             *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
         ),
-        "whose slope jumps, so that the Laplacian misses what the gradient does there and "
-        "densities are not normalised; take Softplus, SiLU or Tanh, or average pooling",
+        "whose slope jumps: the Laplacian misses what the gradient does there and densities are "
+        "not normalised; take Softplus, SiLU or Tanh, or average pooling",
     ),
     ((_BatchNorm,), "which couples the rows of a batch; take LayerNorm"),
     ((_DropoutNd,), "which draws anew in every evaluation along a path; leave it out"),
@@ -46,10 +48,13 @@ class AutogradPotential(Potential):
     Args:
         module: maps ``x`` of shape (B, ...) to (B,). Where its ``forward`` has parameters named
             ``t`` or ``context`` it is given the time, a tensor of shape (), and the context. It
-            must treat rows separately and be twice differentiable: layers of ReLU, BatchNorm or
-            Dropout are refused.
+            must treat rows separately and be twice differentiable in x: layers of ReLU, BatchNorm
+            or Dropout are warned of, unless x does not go through them.
         laplacian: ``"exact"`` or ``"hutchinson"``.
         probe: distribution of the probe, ``"rademacher"`` or ``"gaussian"``.
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit.
 
     Example:
         >>> import torch
@@ -64,15 +69,9 @@ class AutogradPotential(Potential):
         self, module: nn.Module, *, laplacian: str = "exact", probe: str = "rademacher"
     ) -> None:
         super().__init__()
-        if not isinstance(module, nn.Module) or _has_no_forward(module):
+        if not isinstance(module, nn.Module):
             raise TypeError(f"module: got {module!r}, expected a torch.nn.Module with a forward")
-        for name, layer in module.named_modules():
-            for unfit, reason in _UNFIT:
-                if isinstance(layer, unfit):
-                    raise ValueError(
-                        f"module: {type(module).__name__} has a layer {type(layer).__name__}"
-                        f"{f' ({name})' if name else ''}, {reason}"
-                    )
+        _warn_of_unfit_layers(module)
         self.module = module
         self.laplacian_method = validation.choice("laplacian", laplacian, ("exact", "hutchinson"))
         self.probe = validation.choice("probe", probe, ("rademacher", "gaussian"))
@@ -80,36 +79,48 @@ class AutogradPotential(Potential):
         self.time_dependent = "t" in accepted
         self._context = accepted.get("context")
 
+    def arguments(self) -> dict[str, Any]:
+        return {"module": self.module, "laplacian": self.laplacian_method, "probe": self.probe}
+
+    @property
+    def stochastic(self) -> bool:  # type: ignore[override]
+        """Whether the Laplacian is Hutchinson's estimate."""
+        return self.laplacian_method != "exact"
+
+    def reset_parameters(self) -> None:
+        """Draw anew whatever in the module knows how to."""
+        for layer in self.module.modules():
+            if callable(getattr(layer, "reset_parameters", None)):
+                layer.reset_parameters()
+
     def _field(self, inputs: Tensor) -> Field:
         return partial(self._gradient_and_laplacian, probe=self._draw_probe(inputs))
 
-    def _check_context(
+    def _accept_context(
         self, name: str, x: Tensor, context: Tensor | None, like: Tensor | None
-    ) -> None:
+    ) -> Tensor | None:
+        if self._context is None:
+            return None
         if context is None:
-            if self._context is not None and self._context.default is inspect.Parameter.empty:
+            if self._context.default is inspect.Parameter.empty:
                 raise ValueError(
                     f"context: got None, expected a tensor, because {type(self.module).__name__}"
                     ".forward requires one"
                 )
-            return
-        if self._context is None:
-            raise ValueError(
-                f"context: got {validation.describe(context)}, expected None, because "
-                f"{type(self.module).__name__}.forward has no parameter named context; give it one"
-            )
+            return None
         validation.batch("context", context, like)
         if len(context) != len(x):
             raise ValueError(
                 f"context: got {len(context)} rows, expected {len(x)}: one for each row of {name}"
             )
+        return context
 
     def _draw_probe(self, x: Tensor) -> Tensor | None:
-        if self.laplacian_method == "exact":
+        if not self.stochastic:
             return None
         if self.probe == "gaussian":
             return torch.randn_like(x)
-        return torch.randint(2, x.shape, dtype=x.dtype, device=x.device) * 2 - 1
+        return torch.randint_like(x, 2) * 2 - 1
 
     def _value(self, x: Tensor, t: Time | None, context: Tensor | None) -> Tensor:
         arguments: dict[str, Tensor | None] = {}
@@ -117,20 +128,13 @@ class AutogradPotential(Potential):
             arguments["t"] = torch.as_tensor(t, dtype=x.dtype, device=x.device)
         if self._context is not None:
             arguments["context"] = context
-        try:
-            value: Tensor = self.module(x, **arguments)
-        except RuntimeError as error:
-            if type(error) is not RuntimeError:  # out of memory, or a flow inside
-                raise
-            raise ValueError(
-                f"module: {type(self.module).__name__} failed on x of shape {tuple(x.shape)}: "
-                f"{error}"
-            ) from error
+        value: Tensor = self.module(x, **arguments)
         what = "one value for each row; squeeze or sum the rest"
         return validation.returned("module", self.module, value, x.shape[:1], what)
 
-    @uncompiled
     def _gradient(self, x: Tensor, t: Time | None, context: Tensor | None) -> Tensor:
+        if _functional(x, context, *self.parameters()):
+            return torch.func.grad(lambda y: self._value(y, t, context).sum())(x)
         with differentiation(x, context) as (point, row_context, keep_graph):
             return derivative(self._value(point, t, row_context), point, keep_graph)
 
@@ -139,7 +143,6 @@ class AutogradPotential(Potential):
         laplacian: Tensor = self._gradient_and_laplacian(x, t, context, probe=probe)[1]
         return laplacian
 
-    @uncompiled
     def _gradient_and_laplacian(
         self,
         x: Tensor,
@@ -147,6 +150,8 @@ class AutogradPotential(Potential):
         context: Tensor | None,
         probe: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
+        if _functional(x, context, *self.parameters()):
+            return self._functional_gradient_and_laplacian(x, t, context, probe)
         with differentiation(x, context) as (point, row_context, keep_graph):
             gradient = derivative(self._value(point, t, row_context), point, keep_graph=True)
             if probe is None:
@@ -158,14 +163,39 @@ class AutogradPotential(Potential):
             gradient, laplacian = gradient.detach(), laplacian.detach()
         return gradient, laplacian
 
-    def extra_repr(self) -> str:
-        return f"laplacian={self.laplacian_method!r}, probe={self.probe!r}"
+    def _functional_gradient_and_laplacian(
+        self, x: Tensor, t: Time | None, context: Tensor | None, probe: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The same by ``torch.func``, which nests within its own transforms and within compilers."""
+        slope = torch.func.grad(lambda y: self._value(y, t, context).sum())
+        gradient, pull = torch.func.vjp(slope, x)
+        if probe is not None:
+            return gradient, (pull(probe)[0] * probe).flatten(1).sum(1)
+        size = x.shape[1:].numel()
+
+        def second_derivative(direction: Tensor) -> Tensor:
+            along = direction.view(x.shape[1:]).expand_as(x)
+            return (pull(along)[0] * along).flatten(1).sum(1)
+
+        directions = torch.eye(size, dtype=x.dtype, device=x.device)
+        return gradient, torch.func.vmap(second_derivative, chunk_size=_CHUNK)(directions).sum(0)
 
 
-def _has_no_forward(module: nn.Module) -> bool:
-    return getattr(type(module), "forward", None) is nn.Module.forward and (
-        "forward" not in vars(module)
-    )
+def _functional(*tensors: Tensor | None) -> bool:
+    return torch.compiler.is_compiling() or transformed(*tensors)
+
+
+def _warn_of_unfit_layers(module: nn.Module) -> None:
+    for name, layer in module.named_modules():
+        for unfit, reason in _UNFIT:
+            if isinstance(layer, unfit) and getattr(layer, "p", 1) != 0:
+                warnings.warn(
+                    f"module: {type(module).__name__} has a layer {type(layer).__name__}"
+                    f"{f' ({name})' if name else ''}, {reason}. Ignore this if x does not go "
+                    "through it, but the context alone",
+                    UserWarning,
+                    stacklevel=3,
+                )
 
 
 def _trace_of_jacobian(field: Tensor, x: Tensor, keep_graph: bool) -> Tensor:

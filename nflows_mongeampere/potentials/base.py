@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from nflows_mongeampere import validation
-from nflows_mongeampere.differentiation import usable
-from nflows_mongeampere.dynamics import DirectDynamics, Dynamics, Field
+from nflows_mongeampere.configured import Configured
+from nflows_mongeampere.dynamics import Dynamics, Field, FieldDynamics, Time
 
-Time = float | Tensor
+if TYPE_CHECKING:
+    from nflows_mongeampere.groups import Group
+    from nflows_mongeampere.potentials.orbits import Average
 
 
-class Potential(nn.Module):
+class Potential(Configured, nn.Module, ABC):
     r"""A scalar potential :math:`u(x, t; c)`, the one thing that a flow learns.
 
     The flow moves a point along the gradient and thins the density by the Laplacian,
@@ -29,14 +32,16 @@ class Potential(nn.Module):
     ``x`` of shape (B, ...): :meth:`_value` and :meth:`_laplacian`, which return (B,), and
     :meth:`_gradient`, which returns the shape of ``x``. They receive arguments that have been
     checked. Where two of them share work, override :meth:`_gradient_and_laplacian`, the only one
-    that the flow calls. Where the trajectories can be followed in fewer coordinates than those
-    of ``x``, override :meth:`dynamics`. Set ``features``, ``context_features`` and
-    ``time_dependent`` for the checks.
+    that the flow calls. Where trajectories can be followed faster than in :math:`x`, or the
+    gradient of a solution can be written by hand, subclass :class:`ClosedFormPotential` and
+    implement :meth:`dynamics`. Set ``features``, ``context_features`` and ``time_dependent`` for
+    the checks, and keep each argument of the constructor under its own name.
 
     Attributes:
         features: number of entries of one event, or None where any shape will do.
         context_features: width of a row of context, or None where no context is taken.
         time_dependent: whether :math:`u` depends on :math:`t`.
+        stochastic: whether the Laplacian is a random estimate.
 
     Example:
         >>> import torch
@@ -55,6 +60,7 @@ class Potential(nn.Module):
     features: int | None = None
     context_features: int | None = None
     time_dependent: bool = False
+    stochastic: bool = False
 
     def forward(self, x: Tensor, t: Time | None = None, context: Tensor | None = None) -> Tensor:
         r"""The value :math:`u(x, t; c)`.
@@ -63,7 +69,7 @@ class Potential(nn.Module):
             x: points, shape (B, ...).
             t: time, a number or a tensor of shape () or (B,); required by a time-dependent
                 potential, ignored by others.
-            context: one row for each point, where the potential is conditional.
+            context: one row for each point, where the potential is conditional; ignored by others.
 
         Returns:
             Tensor of shape (B,).
@@ -72,15 +78,15 @@ class Potential(nn.Module):
             TypeError: for an argument of the wrong type or dtype.
             ValueError: for an argument of the wrong shape or with entries that are not finite.
         """
-        return self._evaluate(self._value, x, t, context)
+        return self._value(*self._check(x, t, context))
 
     def gradient(self, x: Tensor, t: Time | None = None, context: Tensor | None = None) -> Tensor:
         r"""The gradient :math:`\nabla u(x, t; c)`, in the shape of ``x``; see :meth:`forward`."""
-        return self._evaluate(self._gradient, x, t, context)
+        return self._gradient(*self._check(x, t, context))
 
     def laplacian(self, x: Tensor, t: Time | None = None, context: Tensor | None = None) -> Tensor:
         r"""The Laplacian :math:`\Delta u(x, t; c)`, shape (B,); see :meth:`forward`."""
-        return self._evaluate(self._laplacian, x, t, context)
+        return self._laplacian(*self._check(x, t, context))
 
     def dynamics(
         self, inputs: Tensor, context: Tensor | None, evaluations: int, costs: bool = False
@@ -94,18 +100,24 @@ class Potential(nn.Module):
                 work on better coordinates when that pays.
             costs: whether the state carries the costs of transport.
         """
-        return DirectDynamics(self._field(inputs), inputs, context, self, costs)
+        return FieldDynamics(
+            self._field(inputs), inputs, context, tuple(self.parameters()), costs
+        )
 
-    def check(
-        self, x: Tensor, t: Time | None, context: Tensor | None
-    ) -> tuple[Tensor, Time | None, Tensor | None]:
-        """Return the arguments if the potential can be evaluated on them, else raise."""
-        self.check_batch("x", x, context)
-        context = None if context is None else usable(context)
-        return usable(x), self._check_time(t, x), context
+    def averaged(self, group: Group) -> Average:
+        """The average of this potential over a finite group of symmetries."""
+        from nflows_mongeampere.potentials.orbits import ImageAverage
 
-    def check_batch(self, name: str, x: Tensor, context: Tensor | None) -> None:
-        """Raise unless ``x``, which the user knows as ``name``, and ``context`` fit."""
+        return ImageAverage(self, group)
+
+    def accept(
+        self, name: str, x: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Check a batch, which the user knows as ``name``, and its context; done once, in public.
+
+        Returns:
+            The batch, and the context or None where the potential takes none.
+        """
         like = next(self.parameters(), None)
         validation.batch(name, x, like)
         if self.features is not None and x.shape[1:].numel() != self.features:
@@ -114,20 +126,13 @@ class Potential(nn.Module):
                 f"{self.features}; build the potential with features={x.shape[1:].numel()} "
                 f"or reshape {name}"
             )
-        if x.shape[1:].numel() == 0:
-            raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected an entry in each row")
-        self._check_context(name, x, context, like)
+        return x, self._accept_context(name, x, context, like)
 
-    def _check_context(
+    def _accept_context(
         self, name: str, x: Tensor, context: Tensor | None, like: Tensor | None
-    ) -> None:
+    ) -> Tensor | None:
         if self.context_features is None:
-            if context is not None:
-                raise ValueError(
-                    f"context: got {validation.describe(context)}, expected None, because the "
-                    "potential was built without context; build it with context_features=..."
-                )
-            return
+            return None
         if context is None:
             raise ValueError(
                 f"context: got None, expected a tensor of shape (B, {self.context_features}), "
@@ -139,47 +144,26 @@ class Potential(nn.Module):
                 f"context: got shape {tuple(context.shape)}, expected "
                 f"({len(x)}, {self.context_features}): one row for each row of {name}"
             )
+        return context
 
-    def _check_time(self, t: Time | None, x: Tensor) -> Time | None:
+    def _check(
+        self, x: Tensor, t: Time | None, context: Tensor | None
+    ) -> tuple[Tensor, Time | None, Tensor | None]:
+        x, context = self.accept("x", x, context)
         if not self.time_dependent:
-            return None
+            return x, None, context
         if t is None:
             raise ValueError("t: got None, expected a time, because the potential depends on it")
-        return validation.instant("t", t, x)
+        return x, torch.as_tensor(t, dtype=x.dtype, device=x.device), context
 
-    def _evaluate(
-        self,
-        function: Callable[..., Tensor],
-        x: Tensor,
-        t: Time | None,
-        context: Tensor | None,
-    ) -> Tensor:
-        """The value of one of the methods below, which does not surprise the user with NaN."""
-        result = function(*self.check(x, t, context))
-        name = function.__name__.removeprefix("_")
-        shape = x.shape if name == "gradient" else x.shape[:1]
-        validation.returned("potential", self, result, shape, f"the {name}")
-        if not bool(torch.isfinite(result).all()):
-            raise ValueError(
-                f"x: the {name} of {type(self).__name__} is NaN or infinite here; use smaller "
-                "entries, finite parameters, or float64"
-            )
-        return result
+    @abstractmethod
+    def _value(self, x: Tensor, t: Time | None, context: Tensor | None) -> Tensor: ...
 
-    def _value(self, x: Tensor, t: Time | None, context: Tensor | None) -> Tensor:
-        raise self._missing("_value")
+    @abstractmethod
+    def _gradient(self, x: Tensor, t: Time | None, context: Tensor | None) -> Tensor: ...
 
-    def _gradient(self, x: Tensor, t: Time | None, context: Tensor | None) -> Tensor:
-        raise self._missing("_gradient")
-
-    def _laplacian(self, x: Tensor, t: Time | None, context: Tensor | None) -> Tensor:
-        raise self._missing("_laplacian")
-
-    def _missing(self, method: str) -> NotImplementedError:
-        return NotImplementedError(
-            f"potential: {type(self).__name__} has no method {method}; write one, as "
-            "nflows_mongeampere.Potential explains"
-        )
+    @abstractmethod
+    def _laplacian(self, x: Tensor, t: Time | None, context: Tensor | None) -> Tensor: ...
 
     def _field(self, inputs: Tensor) -> Field:
         """What one solve from ``inputs`` integrates, with everything random in it drawn."""
@@ -189,3 +173,29 @@ class Potential(nn.Module):
         self, x: Tensor, t: Time | None, context: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         return self._gradient(x, t, context), self._laplacian(x, t, context)
+
+
+class ClosedFormPotential(Potential):
+    """A potential that has equations of motion of its own, in which its derivatives are written.
+
+    Subclasses implement :meth:`_value` and :meth:`dynamics`, which for a single evaluation gives
+    the equations of motion in x.
+    """
+
+    @abstractmethod
+    def dynamics(
+        self, inputs: Tensor, context: Tensor | None, evaluations: int, costs: bool = False
+    ) -> Dynamics: ...
+
+    def _gradient(self, x: Tensor, t: Time | None, context: Tensor | None) -> Tensor:
+        return self._gradient_and_laplacian(x, t, context)[0]
+
+    def _laplacian(self, x: Tensor, t: Time | None, context: Tensor | None) -> Tensor:
+        return self._gradient_and_laplacian(x, t, context)[1]
+
+    def _gradient_and_laplacian(
+        self, x: Tensor, t: Time | None, context: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        motion = self.dynamics(x, context, evaluations=1)
+        rate = motion.rate(0.0 if t is None else t, motion.state)
+        return motion.points(rate), motion.logabsdet(rate)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nflows_mongeampere import validation
-from nflows_mongeampere.activations import ACTIVATIONS
-from nflows_mongeampere.potentials.base import Potential, Time
+from nflows_mongeampere.dynamics import Dynamics, Field, FieldDynamics, Time, as_rows, start
+from nflows_mongeampere.potentials.activations import ACTIVATIONS
+from nflows_mongeampere.potentials.base import ClosedFormPotential
 
 
-class ConvolutionalPotential(Potential):
+class ConvolutionalPotential(ClosedFormPotential):
     r"""A ridge potential whose ridges are one set of kernels, at every pixel of an image.
 
     .. math:: u(x) = \sum_{k=1}^{K} \sum_{i} a_{ki}\, \sigma(h_{ki}), \qquad
@@ -41,6 +42,9 @@ class ConvolutionalPotential(Potential):
         bias: b, shape (K, H, W).
         amplitude: a, shape (K, H, W).
 
+    Raises:
+        TypeError, ValueError: for arguments that do not fit.
+
     Example:
         >>> import torch
         >>> potential = ConvolutionalPotential((1, 8, 8), kernels=4, kernel_size=3)
@@ -60,86 +64,138 @@ class ConvolutionalPotential(Potential):
         activation: str = "softplus",
     ) -> None:
         super().__init__()
-        self.shape = validation.shape("shape", shape, 3)
+        self.shape = channels, height, width = validation.shape("shape", shape, 3)
         self.kernels = validation.integer("kernels", kernels)
-        self.kernel_size = validation.integer("kernel_size", kernel_size)
-        if self.kernel_size % 2 == 0:
+        self.kernel_size = side = validation.integer("kernel_size", kernel_size)
+        if side % 2 == 0:
             raise ValueError(
-                f"kernel_size: got {kernel_size}, expected an odd number of pixels, so that a "
-                f"kernel has a centre; use {self.kernel_size - 1} or {self.kernel_size + 1}"
+                f"kernel_size: got {side}, expected an odd number of pixels, so that a kernel has "
+                f"a centre; use {side - 1} or {side + 1}"
             )
         self.activation = validation.choice("activation", activation, ACTIVATIONS)
-        channels, height, width = self.shape
         self.features = channels * height * width
-        patch = channels * self.kernel_size**2
-        try:
-            self.weight = nn.Parameter(
-                torch.randn(self.kernels, channels, self.kernel_size, self.kernel_size) / patch**0.5
-            )
-            self.bias = nn.Parameter(
-                torch.randn(self.kernels, 1, 1).expand(-1, height, width).clone()
-            )
-            self.amplitude = nn.Parameter(torch.zeros(self.kernels, height, width))
-        except RuntimeError as error:
-            raise ValueError(
-                f"kernels: {self.kernels} kernels on images of shape {self.shape} do not fit into "
-                f"memory; use fewer or smaller ones ({error})"
-            ) from error
+        self.weight = nn.Parameter(torch.empty(self.kernels, channels, side, side))
+        self.bias = nn.Parameter(torch.empty(self.kernels, height, width))
+        self.amplitude = nn.Parameter(torch.empty(self.kernels, height, width))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the kernels anew: unit vectors on average, amplitudes of zero."""
+        nn.init.normal_(self.weight, std=self.weight[0].numel() ** -0.5)
+        self.bias.copy_(torch.randn_like(self.bias[:, :1, :1]).expand_as(self.bias))
+        nn.init.zeros_(self.amplitude)
+
+    def dynamics(
+        self, inputs: Tensor, context: Tensor | None, evaluations: int, costs: bool = False
+    ) -> Dynamics:
+        if costs:
+            field: Field = self._gradient_and_laplacian
+            return FieldDynamics(field, inputs, None, tuple(self.parameters()), costs)
+        return ConvolutionalDynamics(self, inputs)
 
     def _value(self, x: Tensor, t: Time | None, context: Tensor | None) -> Tensor:
-        h = self._preactivation(self._patches(x))
-        return self._flat(self.amplitude)[:, 0] @ ACTIVATIONS[self.activation].value(h)
+        images = x.reshape(-1, *self.shape)
+        h = F.conv2d(images, self.weight, padding=self.kernel_size // 2) + self.bias
+        return (self.amplitude * ACTIVATIONS[self.activation].value(h)).flatten(1).sum(1)
 
-    def _gradient(self, x: Tensor, t: Time | None, context: Tensor | None) -> Tensor:
-        return self._gradient_and_laplacian(x, t, context)[0]
 
-    def _laplacian(self, x: Tensor, t: Time | None, context: Tensor | None) -> Tensor:
-        return self._gradient_and_laplacian(x, t, context)[1]
+class ConvolutionalTensors(NamedTuple):
+    """What the equations of motion are made of, with F = K·H·W entries: each kernel, each pixel.
 
-    def _gradient_and_laplacian(
-        self, x: Tensor, t: Time | None, context: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        # the batch is the last dimension, so that shifted images are contiguous pieces of memory
-        activation, batch = ACTIVATIONS[self.activation], len(x)
-        p = activation.first(self._preactivation(self._patches(x)))
-        push = (self._flat(self.amplitude) * p).view(self.kernels, -1)
-        gradient = _Overlap.apply(self._rows.T @ push, (*self.shape, batch), self.kernel_size)
-        laplacian = self._flat(self.amplitude * self._radii)[:, 0] @ activation.second(p)
-        return gradient.movedim(-1, 0).reshape(x.shape), laplacian
+    Attributes:
+        rows: the kernels as rows, shape (K, C·k·k).
+        amplitude: shape (F, 1).
+        curvature: amplitude times squared length of the kernels inside the image, shape (1, F).
+        bias: shape (F, 1).
+    """
 
-    @property
-    def _rows(self) -> Tensor:
-        """The kernels as rows, shape (K, C·k·k)."""
-        return self.weight.flatten(1)
+    rows: Tensor
+    amplitude: Tensor
+    curvature: Tensor
+    bias: Tensor
 
-    @property
-    def _radii(self) -> Tensor:
-        """r, the squared length of each kernel where it lies inside the image, shape (K, H, W)."""
-        inside = _Patches.apply(self.weight.new_ones(*self.shape, 1), self.kernel_size)
-        radii: Tensor = self._rows.square() @ inside
-        return radii.view_as(self.amplitude)
+
+class ConvolutionalDynamics(Dynamics):
+    r"""The equations of motion of kernels at every pixel: the state is :math:`[x; \ell]`, (D + 1, B).
+
+    The equations are those of :class:`~nflows_mongeampere.potentials.ridges.RidgeDynamics`. A
+    correlation is one product of the kernels with the neighbourhoods of all pixels, a transposed
+    one the product with their transpose, added up where neighbourhoods overlap.
+    """
+
+    by_hand = True
+    tensors: ConvolutionalTensors
+
+    def __init__(self, potential: ConvolutionalPotential, inputs: Tensor) -> None:
+        self._shape, self._side = potential.shape, potential.kernel_size
+        self._activation, self._event_shape = ACTIVATIONS[potential.activation], inputs.shape[1:]
+        self.coordinates = potential.features
+        self.state = start(inputs, 1)
+        rows, amplitude = potential.weight.flatten(1), potential.amplitude.reshape(-1, 1)
+        inside = self._patches(rows.new_ones(self.coordinates, 1))
+        lengths = (rows.square() @ inside).view(-1, 1)
+        self.tensors = ConvolutionalTensors(
+            rows, amplitude, (amplitude * lengths).T, potential.bias.reshape(-1, 1)
+        )
+
+    def rate(self, t: Time, state: Tensor) -> Tensor:
+        return self.stage(t, state)[0]
+
+    def stage(self, t: Time, state: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        _, amplitude, curvature, bias = self.tensors
+        x = state[: self.coordinates]
+        p = self._activation.first(self._correlate(self._patches(x)) + bias)
+        velocity = self._transposed(amplitude * p)
+        return torch.cat([velocity, curvature @ self._activation.second(p)]), (x, p)
+
+    def pullback(
+        self,
+        t: Time,
+        kept: tuple[Tensor, ...],
+        adjoint: Tensor,
+        gradients: list[Tensor | None],
+    ) -> Tensor:
+        x, p = kept
+        rows, amplitude, curvature, _ = self.tensors
+        of_l = adjoint[self.coordinates :]
+        of_patches = self._patches(adjoint[: self.coordinates])
+        projected = self._correlate(of_patches)
+        second = self._activation.second(p)
+        g = amplitude * projected
+        g.addcmul_(curvature.T * of_l, self._activation.steepness(p)).mul_(second)
+        d_rows, d_amplitude, d_curvature, d_bias = gradients
+        if d_rows is not None:
+            d_rows.addmm_(g.view(len(rows), -1), self._patches(x).T)
+            d_rows.addmm_((amplitude * p).view(len(rows), -1), of_patches.T)
+        if d_amplitude is not None:
+            d_amplitude.add_(projected.mul_(p).sum(1, keepdim=True))
+        if d_curvature is not None:
+            d_curvature.addmm_(of_l, second.T)
+        if d_bias is not None:
+            d_bias.add_(g.sum(1, keepdim=True))
+        return self._transposed(g)
+
+    def points(self, state: Tensor) -> Tensor:
+        return as_rows(state[: self.coordinates], self._event_shape)
 
     def _patches(self, x: Tensor) -> Tensor:
-        images = x.reshape(len(x), *self.shape).movedim(0, -1).contiguous()
-        patches: Tensor = _Patches.apply(images, self.kernel_size)
+        """Neighbourhoods of the pixels of images that are columns, shape (C·k·k, H·W·B)."""
+        patches: Tensor = _Patches.apply(x.reshape(*self._shape, -1), self._side)
         return patches
 
-    def _preactivation(self, patches: Tensor) -> Tensor:
-        """h, shape (K·H·W, B)."""
-        places = self.bias[0].numel()
-        h = (self._rows @ patches).view(self.kernels * places, -1)
-        return h + self._flat(self.bias)
+    def _correlate(self, patches: Tensor) -> Tensor:
+        """The product of every kernel with every neighbourhood, shape (F, B)."""
+        products = self.tensors.rows @ patches
+        return products.view(len(products) * self._shape[1] * self._shape[2], -1)
 
-    @staticmethod
-    def _flat(parameter: Tensor) -> Tensor:
-        """A parameter of shape (K, H, W) as (K·H·W, 1)."""
-        return parameter.reshape(-1, 1)
-
-    def extra_repr(self) -> str:
-        return (
-            f"shape={self.shape}, kernels={self.kernels}, kernel_size={self.kernel_size}, "
-            f"activation={self.activation!r}"
-        )
+    def _transposed(self, push: Tensor) -> Tensor:
+        """The sum of all kernels at all pixels, each times its entry of (F, B); shape (D, B)."""
+        rows, (_, height, width) = self.tensors.rows, self._shape
+        batch = push.shape[1]
+        patches = rows.T @ push.reshape(len(rows), height * width * batch)
+        images: Tensor = _Overlap.apply(patches, (*self._shape, batch), self._side)
+        return images.view(self.coordinates, batch)
 
 
 class _Patches(torch.autograd.Function):
@@ -168,6 +224,11 @@ class _Patches(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _Overlap.apply(grad, ctx.shape, ctx.side), None
 
+    @staticmethod
+    def jvp(ctx: Any, images: Tensor, _: None) -> Tensor:
+        tangent: Tensor = _Patches.apply(images, ctx.side)
+        return tangent
+
 
 class _Overlap(torch.autograd.Function):
     """The transpose of :class:`_Patches`: what neighbourhoods hold adds up, pixel by pixel."""
@@ -179,10 +240,18 @@ class _Overlap(torch.autograd.Function):
         channels, height, width, batch = shape
         margin = side // 2
         patches = patches.reshape(channels, side, side, height, width, batch)
-        padded = patches.new_zeros(channels, height + 2 * margin, width + 2 * margin, batch)
-        for i in range(side):
-            for j in range(side):
-                padded[:, i : i + height, j : j + width] += patches[:, i, j]
+        if torch.compiler.is_compiling():  # compilers take long over writes into parts of a tensor
+            shifts = [
+                F.pad(patches[:, i, j], (0, 0, j, side - 1 - j, i, side - 1 - i))
+                for i in range(side)
+                for j in range(side)
+            ]
+            padded = torch.stack(shifts).sum(0)
+        else:
+            padded = patches.new_zeros(channels, height + 2 * margin, width + 2 * margin, batch)
+            for i in range(side):
+                for j in range(side):
+                    padded[:, i : i + height, j : j + width] += patches[:, i, j]
         return padded[:, margin : margin + height, margin : margin + width].contiguous()
 
     @staticmethod
@@ -192,3 +261,8 @@ class _Overlap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return _Patches.apply(grad.contiguous(), ctx.side), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, patches: Tensor, _: None, __: None) -> Tensor:
+        tangent: Tensor = _Overlap.apply(patches, ctx.shape, ctx.side)
+        return tangent

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nflows_mongeampere import validation
-from nflows_mongeampere.activations import ACTIVATIONS
-from nflows_mongeampere.dynamics import Dynamics, ReducedCostDynamics, ReducedDynamics
-from nflows_mongeampere.potentials.base import Potential, Time
+from nflows_mongeampere.dynamics import Dynamics, Time
+from nflows_mongeampere.groups import Group
+from nflows_mongeampere.potentials.activations import ACTIVATIONS
+from nflows_mongeampere.potentials.base import ClosedFormPotential
+from nflows_mongeampere.potentials.orbits import RidgeOrbits
+from nflows_mongeampere.potentials.ridges import Ridges
 
 
-class RidgePotential(Potential):
+class RidgePotential(ClosedFormPotential):
     r"""A sum of ridges, the potential of the published flow, in closed form.
 
     .. math:: u(x, t; c) = \sum_{j=1}^{H} a_j\, \sigma(h_j), \qquad h = Wx + vt + Vc + b
 
     has the gradient :math:`\nabla u = W^T (a \odot \sigma'(h))` and the Laplacian
     :math:`\Delta u = (a \odot r) \cdot \sigma''(h)` with :math:`r_j = \|w_j\|^2`. Trajectories
-    stay in the row space of W, which :class:`~nflows_mongeampere.dynamics.ReducedDynamics` uses to
-    integrate them several times faster.
+    stay in the row space of W, which :class:`~nflows_mongeampere.potentials.ridges.ReducedDynamics` uses to integrate them several times
+    faster where there are many dimensions.
 
     The amplitude starts at zero: a new flow is the identity map.
 
@@ -42,6 +46,9 @@ class RidgePotential(Potential):
         amplitude: a, shape (H,).
         time_weight: v, shape (H,), or None.
         context_weight: V, shape (H, C), or None.
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit.
 
     Example:
         >>> import torch
@@ -65,33 +72,35 @@ class RidgePotential(Potential):
     ) -> None:
         super().__init__()
         self.features = validation.integer("features", features)
-        self.hidden_features = validation.integer("hidden_features", hidden_features)
+        self.hidden_features = hidden = validation.integer("hidden_features", hidden_features)
         if context_features is not None:
             context_features = validation.integer("context_features", context_features)
         self.context_features = context_features
-        self.time_dependent = validation.boolean("time_dependent", time_dependent)
+        self.time_dependent = bool(time_dependent)
         self.activation = validation.choice("activation", activation, ACTIVATIONS)
-        bias = validation.boolean("bias", bias)
-
-        def parameter(*shape: int, scale: float) -> nn.Parameter:
-            try:
-                return nn.Parameter(scale * torch.randn(*shape))
-            except RuntimeError as error:
-                raise ValueError(
-                    f"hidden_features: a weight of shape {shape} does not fit into memory; use "
-                    f"fewer features, hidden_features or context_features ({error})"
-                ) from error
-
-        hidden = self.hidden_features
-        self.weight = parameter(hidden, self.features, scale=1 / math.sqrt(self.features))
-        self.amplitude = nn.Parameter(torch.zeros(hidden))
-        self.bias = parameter(hidden, scale=1.0) if bias else None
-        self.time_weight = parameter(hidden, scale=1.0) if self.time_dependent else None
+        self.weight = nn.Parameter(torch.empty(hidden, self.features))
+        self.amplitude = nn.Parameter(torch.empty(hidden))
+        self.bias = nn.Parameter(torch.empty(hidden)) if bias else None
+        self.time_weight = nn.Parameter(torch.empty(hidden)) if self.time_dependent else None
         self.context_weight = (
             None
             if context_features is None
-            else parameter(hidden, context_features, scale=1 / math.sqrt(context_features))
+            else nn.Parameter(torch.empty(hidden, context_features))
         )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the ridges anew: unit vectors on average, amplitudes of zero."""
+        nn.init.normal_(self.weight, std=1 / math.sqrt(self.features))
+        nn.init.zeros_(self.amplitude)
+        for offset in (self.bias, self.time_weight):
+            if offset is not None:
+                nn.init.normal_(offset)
+        if self.context_weight is not None:
+            nn.init.normal_(self.context_weight, std=1 / math.sqrt(self.context_weight.shape[1]))
+
+    def arguments(self) -> dict[str, Any]:
+        return {**super().arguments(), "bias": self.bias is not None}
 
     @property
     def even(self) -> bool:
@@ -99,65 +108,26 @@ class RidgePotential(Potential):
         moves = (self.bias, self.time_weight, self.context_weight)
         return self.activation == "logcosh" and all(offset is None for offset in moves)
 
+    def averaged(self, group: Group) -> RidgeOrbits:
+        """The ridge potential whose rows are the orbits of the rows of this one."""
+        return RidgeOrbits(self, group)
+
     def dynamics(
         self, inputs: Tensor, context: Tensor | None, evaluations: int, costs: bool = False
     ) -> Dynamics:
-        hidden, features, batch = self.hidden_features, self.features, len(inputs)
-        # multiplications: G once, W x(0) and Wᵀ s(T), then G s, or W x and Wᵀ(a σ'), each time
-        reduced = hidden * hidden * features + batch * (
-            2 * hidden * features + evaluations * hidden * hidden
-        )
-        direct = batch * evaluations * 2 * hidden * features
-        if reduced > direct:
-            return super().dynamics(inputs, context, evaluations, costs)
-        coordinates = ReducedCostDynamics if costs else ReducedDynamics
-        offset = self._offset(inputs, context)
-        return coordinates(
-            inputs,
-            self.weight,
-            offset.T,
-            self.amplitude,
-            self.time_weight,
-            ACTIVATIONS[self.activation],
-        )
+        offset = self.offset(context)
+        ridges = Ridges(self.weight, self.amplitude, offset, self.time_weight, self.activation)
+        return ridges.dynamics(inputs, evaluations, costs)
 
-    def _offset(self, x: Tensor, context: Tensor | None) -> Tensor:
-        """Vc + b, shape (B, H) or (1, H)."""
-        offset = self.weight.new_zeros(1, 1) if self.bias is None else self.bias[None]
-        if self.context_weight is not None and context is not None:
-            offset = offset + context @ self.context_weight.T
-        return offset.expand(-1, self.hidden_features)
-
-    def _preactivation(self, x: Tensor, t: Time | None, context: Tensor | None) -> Tensor:
-        h = self._offset(x, context) + x.flatten(1) @ self.weight.T
-        if self.time_weight is not None:
-            time = torch.as_tensor(t, dtype=h.dtype, device=h.device).reshape(-1, 1)
-            h = h + time * self.time_weight
-        return h
+    def offset(self, context: Tensor | None) -> Tensor:
+        """Vc + b, with a column for each row of context: shape (H, B) or (H, 1)."""
+        zero = self.amplitude.new_zeros(self.hidden_features) if self.bias is None else self.bias
+        if self.context_weight is None or context is None:
+            return zero[:, None]
+        return torch.addmm(zero[:, None], self.context_weight, context.T)
 
     def _value(self, x: Tensor, t: Time | None, context: Tensor | None) -> Tensor:
-        return (
-            ACTIVATIONS[self.activation].value(self._preactivation(x, t, context)) @ self.amplitude
-        )
-
-    def _gradient(self, x: Tensor, t: Time | None, context: Tensor | None) -> Tensor:
-        return self._gradient_and_laplacian(x, t, context)[0]
-
-    def _laplacian(self, x: Tensor, t: Time | None, context: Tensor | None) -> Tensor:
-        return self._gradient_and_laplacian(x, t, context)[1]
-
-    def _gradient_and_laplacian(
-        self, x: Tensor, t: Time | None, context: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        activation = ACTIVATIONS[self.activation]
-        p = activation.first(self._preactivation(x, t, context))
-        gradient = (self.amplitude * p) @ self.weight
-        laplacian = activation.second(p) @ (self.amplitude * self.weight.square().sum(1))
-        return gradient.reshape(x.shape), laplacian
-
-    def extra_repr(self) -> str:
-        return (
-            f"features={self.features}, hidden_features={self.hidden_features}, "
-            f"context_features={self.context_features}, time_dependent={self.time_dependent}, "
-            f"activation={self.activation!r}, bias={self.bias is not None}"
-        )
+        h = torch.addmm(self.offset(context), self.weight, x.flatten(1).T)
+        if self.time_weight is not None:
+            h = h + self.time_weight[:, None] * t
+        return self.amplitude @ ACTIVATIONS[self.activation].value(h)

@@ -20,15 +20,19 @@ class Activation:
 
     Attributes:
         value: :math:`\sigma(h)`.
-        first: :math:`p`, the first derivative at :math:`h`.
-        second: the second derivative, as a function of :math:`p`.
-        third: the third derivative, as a function of :math:`p`.
+        first: :math:`p = \sigma'(h)`.
+        second: :math:`\sigma''`, as a function of :math:`p`.
+        steepness: :math:`\sigma''' / \sigma''`, as a function of :math:`p`.
     """
 
     value: Callable[[Tensor], Tensor]
     first: Callable[[Tensor], Tensor]
     second: Callable[[Tensor], Tensor]
-    third: Callable[[Tensor], Tensor]
+    steepness: Callable[[Tensor], Tensor]
+
+    def third(self, p: Tensor) -> Tensor:
+        r""":math:`\sigma'''`, as a function of :math:`p`."""
+        return self.second(p) * self.steepness(p)
 
 
 def _softplus(h: Tensor) -> Tensor:
@@ -36,29 +40,23 @@ def _softplus(h: Tensor) -> Tensor:
     return -F.logsigmoid(-h)
 
 
-def _sigmoid_first(p: Tensor) -> Tensor:
-    return torch.addcmul(p, p, p, value=-1)
-
-
-def _sigmoid_second(p: Tensor) -> Tensor:
-    return _sigmoid_first(p) * (1 - 2 * p)
-
-
 def _logcosh(h: Tensor) -> Tensor:
     return _softplus(2 * h) - h - math.log(2)
 
 
-def _tanh_first(p: Tensor) -> Tensor:
-    return 1 - p * p
-
-
-def _tanh_second(p: Tensor) -> Tensor:
-    return -2 * p * _tanh_first(p)
-
-
 ACTIVATIONS: dict[str, Activation] = {
     # ln(1 + e^h), p = 1/(1 + e^-h), σ'' = p - p², σ''' = (p - p²)(1 - 2p)
-    "softplus": Activation(_softplus, torch.sigmoid, _sigmoid_first, _sigmoid_second),
+    "softplus": Activation(
+        _softplus,
+        torch.sigmoid,
+        lambda p: torch.addcmul(p, p, p, value=-1),
+        lambda p: torch.rsub(p, 1, alpha=2),
+    ),
     # ln cosh h, p = tanh h, σ'' = 1 - p², σ''' = -2p(1 - p²); even in h
-    "logcosh": Activation(_logcosh, torch.tanh, _tanh_first, _tanh_second),
+    "logcosh": Activation(
+        _logcosh,
+        torch.tanh,
+        lambda p: torch.rsub(p * p, 1),
+        lambda p: -2 * p,
+    ),
 }

@@ -1,0 +1,284 @@
+"""The equations of motion of ridges, in x and in the coordinates of the ridges."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nflows_mongeampere.dynamics import Dynamics, Time, as_rows, start
+from nflows_mongeampere.potentials.activations import ACTIVATIONS, Activation
+
+
+class Ridges(NamedTuple):
+    r"""The ridges :math:`\sum_j a_j \sigma(w_j x + v_j t + o_j)` as a batch meets them.
+
+    Attributes:
+        weight: W, shape (H, D).
+        amplitude: a, shape (H,).
+        offset: o, shape (H, B) or (H, 1).
+        speed: v, shape (H,), or None.
+        activation: name of :math:`\sigma`.
+    """
+
+    weight: Tensor
+    amplitude: Tensor
+    offset: Tensor
+    speed: Tensor | None
+    activation: str
+
+    def dynamics(self, inputs: Tensor, evaluations: int, costs: bool = False) -> Dynamics:
+        """The equations of motion in x or in reduced coordinates, whichever is cheaper."""
+        (hidden, features), batch = self.weight.shape, len(inputs)
+        # multiplications: G once, W x(0) and Wᵀ s(T), then G s, or W x and Wᵀ(a σ'), each time
+        reduced = hidden * hidden * features + batch * (
+            2 * hidden * features + evaluations * hidden * hidden
+        )
+        direct = batch * evaluations * 2 * hidden * features
+        if costs:
+            return ReducedCostDynamics(self, inputs)
+        return RidgeDynamics(self, inputs) if reduced > direct else ReducedDynamics(self, inputs)
+
+
+class RidgeTensors(NamedTuple):
+    r"""What the equations of motion in :math:`x` are made of.
+
+    Attributes:
+        weight: :math:`W^T`, shape (D, H).
+        push: :math:`(a \odot W)^T`, shape (D, H).
+        curvature: :math:`(a \odot r)^T`, shape (1, H).
+        offset: :math:`Vc + b`, shape (H, B) or (H, 1).
+        speed: :math:`v`, shape (H, 1), or None.
+    """
+
+    weight: Tensor
+    push: Tensor
+    curvature: Tensor
+    offset: Tensor
+    speed: Tensor | None
+
+
+class RidgeDynamics(Dynamics):
+    r"""The equations of motion of ridges in :math:`x`: the state is :math:`[x; \ell]`, (D + 1, B).
+
+    .. math:: \dot x = (a \odot W)^T \sigma'(h), \qquad \dot\ell = (a \odot r)^T \sigma''(h),
+              \qquad h = Wx + vt + o.
+
+    The Jacobian's product with an adjoint :math:`[\lambda; \lambda_\ell]` is :math:`W^T g` with
+
+    .. math:: g = \sigma''(h) \odot (a \odot W) \lambda
+                  + \sigma'''(h) \odot (a \odot r) \lambda_\ell^T.
+    """
+
+    by_hand = True
+    tensors: RidgeTensors
+
+    def __init__(self, ridges: Ridges, inputs: Tensor) -> None:
+        weight, amplitude, offset, speed, activation = ridges
+        self._activation: Activation = ACTIVATIONS[activation]
+        self._event_shape = inputs.shape[1:]
+        self.coordinates = weight.shape[1]
+        self.state = start(inputs, 1)
+        columns = weight.T.contiguous()
+        curvature = amplitude * weight.square().sum(1)
+        self.tensors = RidgeTensors(
+            columns,
+            columns * amplitude,
+            curvature[None],
+            offset,
+            None if speed is None else speed[:, None],
+        )
+
+    def rate(self, t: Time, state: Tensor) -> Tensor:
+        return self.stage(t, state)[0]
+
+    def stage(self, t: Time, state: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        weight, push, curvature, offset, speed = self.tensors
+        x = state[: self.coordinates]
+        h = torch.addmm(offset if speed is None else offset + speed * t, weight.T, x)
+        p = self._activation.first(h)
+        return torch.cat([push @ p, curvature @ self._activation.second(p)]), (x, p)
+
+    def pullback(
+        self,
+        t: Time,
+        kept: tuple[Tensor, ...],
+        adjoint: Tensor,
+        gradients: list[Tensor | None],
+    ) -> Tensor:
+        x, p = kept
+        weight, push, curvature, _, _ = self.tensors
+        of_x, of_l = adjoint[: self.coordinates], adjoint[self.coordinates :]
+        second = self._activation.second(p)
+        g = torch.mm(push.T, of_x)
+        g.addcmul_(curvature.T * of_l, self._activation.steepness(p)).mul_(second)
+        d_weight, d_push, d_curvature, d_offset, d_speed = gradients
+        if d_weight is not None:
+            d_weight.addmm_(x, g.T)
+        if d_push is not None:
+            d_push.addmm_(of_x, p.T)
+        if d_curvature is not None:
+            d_curvature.addmm_(of_l, second.T)
+        if d_offset is not None or d_speed is not None:
+            add_offset(g, t, d_offset, d_speed)
+        return weight @ g
+
+    def points(self, state: Tensor) -> Tensor:
+        return as_rows(state[: self.coordinates], self._event_shape)
+
+
+class ReducedTensors(NamedTuple):
+    r"""What the equations of motion in reduced coordinates are made of.
+
+    Attributes:
+        gram: :math:`G = WW^T`, shape (H, H).
+        origin: :math:`h_0 = Wx(0) + Vc + b`, shape (H, B).
+        amplitude: :math:`a`, shape (H, 1).
+        curvature: :math:`(a \odot r)^T`, shape (1, H).
+        speed: :math:`v`, shape (H, 1), or None.
+    """
+
+    gram: Tensor
+    origin: Tensor
+    amplitude: Tensor
+    curvature: Tensor
+    speed: Tensor | None
+
+
+class ReducedDynamics(Dynamics):
+    r"""The equations of motion of ridges, in the coordinates of the ridges.
+
+    The gradient lies in the row space of W, so the trajectory is :math:`x(t) = x(0) + W^T s(t)`
+    with
+
+    .. math:: \dot s = a \odot \sigma'(h), \qquad
+              \dot\ell = (a \odot r)^T \sigma''(h), \qquad
+              h = h_0 + G s + v t,
+
+    where :math:`h_0 = Wx(0) + Vc + b`, :math:`G = WW^T` and :math:`r_j = \|w_j\|^2`. One evaluation
+    costs one H×H product for each point instead of two H×D ones. Runge-Kutta methods commute with
+    affine maps, so the numbers are those of :class:`RidgeDynamics`.
+
+    The state is :math:`[s; \ell]`, shape (H + 1, B). The Jacobian's product with an adjoint is
+    :math:`G g` with :math:`g = \sigma''(h) \odot a \odot \lambda
+    + \sigma'''(h) \odot (a \odot r) \lambda_\ell^T`.
+    """
+
+    by_hand = True
+    tensors: ReducedTensors
+
+    def __init__(self, ridges: Ridges, inputs: Tensor) -> None:
+        weight, amplitude, offset, speed, activation = ridges
+        self._activation: Activation = ACTIVATIONS[activation]
+        self._inputs, self._weight = inputs, weight
+        self.coordinates = len(weight)
+        self.tensors = ReducedTensors(
+            weight @ weight.T,
+            torch.addmm(offset, weight, inputs.flatten(1).T),
+            amplitude[:, None],
+            (amplitude * weight.square().sum(1))[None],
+            None if speed is None else speed[:, None],
+        )
+        self.state = torch.zeros_like(self.tensors.origin[:1]).repeat(self._rows, 1)
+
+    @property
+    def _rows(self) -> int:
+        return self.coordinates + 1
+
+    def rate(self, t: Time, state: Tensor) -> Tensor:
+        return self.stage(t, state)[0]
+
+    def stage(self, t: Time, state: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        gram, origin, amplitude, curvature, speed = self.tensors
+        s = state[: self.coordinates]
+        h = torch.addmm(origin if speed is None else origin + speed * t, gram, s)
+        p = self._activation.first(h)
+        return torch.cat([amplitude * p, curvature @ self._activation.second(p)]), (s, p)
+
+    def pullback(
+        self,
+        t: Time,
+        kept: tuple[Tensor, ...],
+        adjoint: Tensor,
+        gradients: list[Tensor | None],
+    ) -> Tensor:
+        s, p = kept
+        gram, _, amplitude, curvature, _ = self.tensors
+        of_s, of_l = adjoint[: self.coordinates], adjoint[self.coordinates :]
+        second = self._activation.second(p)
+        g = amplitude * of_s
+        g.addcmul_(curvature.T * of_l, self._activation.steepness(p)).mul_(second)
+        d_gram, d_origin, d_amplitude, d_curvature, d_speed = gradients
+        if d_gram is not None:
+            d_gram.addmm_(g, s.T)
+        if d_amplitude is not None:
+            d_amplitude.add_((of_s * p).sum(1, keepdim=True))
+        if d_curvature is not None:
+            d_curvature.addmm_(of_l, second.T)
+        if d_origin is not None or d_speed is not None:
+            add_offset(g, t, d_origin, d_speed)
+        return gram @ g
+
+    def points(self, state: Tensor) -> Tensor:
+        displacement = state[: len(self._weight)].T @ self._weight
+        return self._inputs + displacement.view_as(self._inputs)
+
+
+class ReducedCostDynamics(ReducedDynamics):
+    r"""Reduced coordinates with the costs of transport, at the same number of products.
+
+    Where :math:`g = Gs` is carried beside :math:`s`, the one product of an evaluation,
+    :math:`\dot g = G \dot s = W \nabla u`, also gives
+
+    .. math:: \|\nabla u\|^2 = \dot s \cdot \dot g, \qquad
+              \frac{d \Delta u}{dt} = (a \odot r) \cdot (\sigma^{(3)}(h) \odot (\dot g + v)).
+
+    The state is :math:`[s; g; \ell; E; R]`, shape (2H + 3, B).
+    """
+
+    by_hand = False
+
+    def __init__(self, ridges: Ridges, inputs: Tensor) -> None:
+        super().__init__(ridges, inputs)
+        self.coordinates = 2 * len(self._weight)
+
+    @property
+    def _rows(self) -> int:
+        return 2 * len(self._weight) + 3
+
+    def rate(self, t: Time, state: Tensor) -> Tensor:
+        gram, origin, amplitude, curvature, speed = self.tensors
+        hidden = len(self._weight)
+        h = origin + state[hidden : 2 * hidden]
+        p = self._activation.first(h if speed is None else h + speed * t)
+        s_rate = amplitude * p
+        g_rate = gram @ s_rate
+        h_rate = g_rate if speed is None else g_rate + speed
+        integrands = [
+            curvature @ self._activation.second(p),
+            (s_rate * g_rate).sum(0, keepdim=True),
+            (curvature @ (self._activation.third(p) * h_rate)).square(),
+        ]
+        return torch.cat([s_rate, g_rate, *integrands])
+
+    def stage(self, t: Time, state: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return Dynamics.stage(self, t, state)
+
+    def pullback(
+        self,
+        t: Time,
+        kept: tuple[Tensor, ...],
+        adjoint: Tensor,
+        gradients: list[Tensor | None],
+    ) -> Tensor:
+        return Dynamics.pullback(self, t, kept, adjoint, gradients)
+
+
+def add_offset(g: Tensor, t: Time, d_offset: Tensor | None, d_speed: Tensor | None) -> None:
+    """Add the gradient of what stands beside the product in h: an offset, and a speed times t."""
+    total = g.sum(1, keepdim=True)
+    if d_offset is not None:
+        d_offset.add_(total if d_offset.shape[1] == 1 else g)
+    if d_speed is not None:
+        d_speed.add_(total * t)
