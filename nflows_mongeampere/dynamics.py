@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from nflows_mongeampere.differentiation import derivatives, differentiation
 
@@ -174,7 +173,8 @@ class FieldDynamics(Dynamics):
 
 def start(inputs: Tensor, integrals: int) -> Tensor:
     """Points of shape (B, ...) as columns, above rows of integrals that begin at zero."""
-    return F.pad(inputs.flatten(1).T, (0, 0, 0, integrals))
+    points = inputs.flatten(1).T
+    return torch.cat([points, torch.zeros_like(points[:1]).expand(integrals, -1)])
 
 
 def as_rows(columns: Tensor, event_shape: torch.Size) -> Tensor:

@@ -209,7 +209,7 @@ class Transport(Configured, nn.Module):
             IntegrationError: where the solver fails.
         """
         moments = self._check_times(times)
-        path = self._follow("inputs", inputs, context, moments)
+        path = self._follow("inputs", inputs, context, moments, first=0)
         points, logabsdet = zip(*path, strict=True)
         grid = torch.tensor(moments, dtype=points[0].dtype, device=points[0].device)
         return Trajectory(grid, torch.stack(points), torch.stack(logabsdet))
@@ -234,19 +234,24 @@ class Transport(Configured, nn.Module):
         return (0.0, self.time) if to_data else (self.time, 0.0)
 
     def _follow(
-        self, name: str, inputs: Tensor, context: Tensor | None, times: Sequence[float]
+        self,
+        name: str,
+        inputs: Tensor,
+        context: Tensor | None,
+        times: Sequence[float],
+        first: int = -1,
     ) -> list[tuple[Tensor, Tensor]]:
-        """Check a batch and follow it: its points and log-determinants at each of ``times``."""
+        """Check a batch and follow it: its points and log-determinants at ``times[first:]``."""
         device = getattr(inputs, "device", torch.device("cpu")).type
         if not torch.is_autocast_enabled(device):
             inputs, context = self.potential.accept(name, inputs, context)
-            return self._integrate(self.integrator, inputs, context, times)
+            return self._integrate(self.integrator, inputs, context, times, first)
         # errors add up along the path: a log-density in half precision means nothing
         with torch.autocast(device, enabled=False):
             inputs, context = self.potential.accept(
                 name, self._refine(inputs), None if context is None else self._refine(context)
             )
-            return self._integrate(self.integrator, inputs, context, times)
+            return self._integrate(self.integrator, inputs, context, times, first)
 
     def _integrate(
         self,
@@ -254,8 +259,9 @@ class Transport(Configured, nn.Module):
         inputs: Tensor,
         context: Tensor | None,
         times: Sequence[float],
+        first: int = -1,
     ) -> list[tuple[Tensor, Tensor]]:
-        """The points of a checked batch and their log-determinants at each of ``times``."""
+        """The points of a checked batch and their log-determinants at ``times[first:]``."""
         recorders = recorders_of(self)
         dynamics = self.potential.dynamics(
             inputs, context, integrator.evaluations, bool(recorders)
@@ -267,7 +273,7 @@ class Transport(Configured, nn.Module):
         for recorder in recorders:
             sign = 1 if times[-1] > times[0] else -1
             recorder.add(*(sign * cost for cost in dynamics.costs(states[-1])))
-        return [(dynamics.points(state), dynamics.logabsdet(state)) for state in states]
+        return [(dynamics.points(state), dynamics.logabsdet(state)) for state in states[first:]]
 
     def _solver(
         self, name: str, inputs: Tensor, context: Tensor | None, to_data: bool

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -101,16 +103,16 @@ class ConvolutionalPotential(ClosedFormPotential):
 
 
 class ConvolutionalTensors(NamedTuple):
-    """What the equations of motion are made of, with F = K·H·W entries: each kernel, each pixel.
+    """What the equations of motion are made of.
 
     Attributes:
-        rows: the kernels as rows, shape (K, C·k·k).
-        amplitude: shape (F, 1).
-        curvature: amplitude times squared length of the kernels inside the image, shape (1, F).
-        bias: shape (F, 1).
+        weight: the kernels w, shape (K, C, k, k).
+        amplitude: shape (K, H, W).
+        curvature: amplitude times squared length of the kernels inside the image, (K, H, W).
+        bias: shape (K, H, W).
     """
 
-    rows: Tensor
+    weight: Tensor
     amplitude: Tensor
     curvature: Tensor
     bias: Tensor
@@ -120,8 +122,9 @@ class ConvolutionalDynamics(Dynamics):
     r"""The equations of motion of kernels at every pixel: the state is :math:`[x; \ell]`, (D + 1, B).
 
     The equations are those of :class:`~nflows_mongeampere.potentials.ridges.RidgeDynamics`. A
-    correlation is one product of the kernels with the neighbourhoods of all pixels, a transposed
-    one the product with their transpose, added up where neighbourhoods overlap.
+    correlation is a product of the kernels with the neighbourhoods of pixels, a transposed one a
+    product with their transpose, added up where neighbourhoods overlap. By hand both are made for
+    one line of the images after another (:class:`_Lines`), whose numbers stay in the cache.
     """
 
     by_hand = True
@@ -132,22 +135,36 @@ class ConvolutionalDynamics(Dynamics):
         self._activation, self._event_shape = ACTIVATIONS[potential.activation], inputs.shape[1:]
         self.coordinates = potential.features
         self.state = start(inputs, 1)
-        rows, amplitude = potential.weight.flatten(1), potential.amplitude.reshape(-1, 1)
-        inside = self._patches(rows.new_ones(self.coordinates, 1))
-        lengths = (rows.square() @ inside).view(-1, 1)
+        weight, amplitude = potential.weight, potential.amplitude
+        inside = _Patches.apply(weight.new_ones(*self._shape, 1), self._side)
+        lengths = weight.flatten(1).square() @ inside
         self.tensors = ConvolutionalTensors(
-            rows, amplitude, (amplitude * lengths).T, potential.bias.reshape(-1, 1)
+            weight, amplitude, amplitude * lengths.view_as(amplitude), potential.bias
         )
 
     def rate(self, t: Time, state: Tensor) -> Tensor:
-        return self.stage(t, state)[0]
+        weight, amplitude, curvature, bias = self.tensors
+        batch, rows = state.shape[1], weight.flatten(1)
+        images = state[: self.coordinates].reshape(*self._shape, batch)
+        h = (rows @ _Patches.apply(images, self._side)).view(amplitude.numel(), batch)
+        p = self._activation.first(h + bias.reshape(-1, 1))
+        push = (amplitude.reshape(-1, 1) * p).view(len(rows), -1)
+        velocity = _Overlap.apply(rows.T @ push, (*self._shape, batch), self._side)
+        laplacian = curvature.reshape(1, -1) @ self._activation.second(p)
+        return torch.cat([velocity.view(self.coordinates, batch), laplacian])
 
     def stage(self, t: Time, state: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        _, amplitude, curvature, bias = self.tensors
-        x = state[: self.coordinates]
-        p = self._activation.first(self._correlate(self._patches(x)) + bias)
-        velocity = self._transposed(amplitude * p)
-        return torch.cat([velocity, curvature @ self._activation.second(p)]), (x, p)
+        lines, x, activation = self._lines, state[: self.coordinates], self._activation
+        lines.look_at(x, 0)
+        laplacian = x.new_zeros(x.shape[1])
+        for line in lines:
+            torch.mm(lines.rows, line.seen[0], out=lines.h.flat)
+            p = activation.first(lines.h.full.add_(line.bias), out=lines.h.full)
+            activation.second(p, out=lines.second.full)
+            laplacian.addmv_(lines.second.flat.T, line.curvature)
+            p.mul_(line.amplitude)
+            line.pushed.addmm_(lines.transposed, lines.h.flat)
+        return torch.cat([lines.gather(), laplacian[None]]), (x,)
 
     def pullback(
         self,
@@ -156,46 +173,177 @@ class ConvolutionalDynamics(Dynamics):
         adjoint: Tensor,
         gradients: list[Tensor | None],
     ) -> Tensor:
-        x, p = kept
-        rows, amplitude, curvature, _ = self.tensors
-        of_l = adjoint[self.coordinates :]
-        of_patches = self._patches(adjoint[: self.coordinates])
-        projected = self._correlate(of_patches)
-        second = self._activation.second(p)
-        g = amplitude * projected
-        g.addcmul_(curvature.T * of_l, self._activation.steepness(p)).mul_(second)
-        d_rows, d_amplitude, d_curvature, d_bias = gradients
-        if d_rows is not None:
-            d_rows.addmm_(g.view(len(rows), -1), self._patches(x).T)
-            d_rows.addmm_((amplitude * p).view(len(rows), -1), of_patches.T)
-        if d_amplitude is not None:
-            d_amplitude.add_(projected.mul_(p).sum(1, keepdim=True))
-        if d_curvature is not None:
-            d_curvature.addmm_(of_l, second.T)
-        if d_bias is not None:
-            d_bias.add_(g.sum(1, keepdim=True))
-        return self._transposed(g)
+        lines, (x,), activation = self._lines, kept, self._activation
+        of_l = adjoint[self.coordinates]
+        lines.look_at(x, 0)
+        lines.look_at(adjoint[: self.coordinates], 1)
+        g, second, projected = lines.g.full, lines.second.full, lines.projected
+        d_rows, d_amplitude, d_curvature, d_bias = parts = lines.parts(gradients)
+        for number, line in enumerate(lines):
+            torch.mm(lines.rows, line.seen[1], out=lines.products)
+            p = activation.first(lines.h.full.add_(line.bias), out=lines.h.full)
+            activation.second(p, out=second)
+            activation.steepness(p, out=g).mul_(of_l).mul_(line.bend)
+            g.addcmul_(projected, line.amplitude).mul_(second)
+            line.pushed.addmm_(lines.transposed, lines.g.flat)
+            if d_curvature is not None:
+                d_curvature[number].addmv_(lines.second.flat, of_l)
+            if d_amplitude is not None:
+                d_amplitude[number] = projected.mul_(p).sum(2)
+            if d_bias is not None:
+                d_bias[number] = g.sum(2)
+            if d_rows is not None:
+                torch.mul(p, line.amplitude, out=lines.push)
+                d_rows.addmm_(line.seen[1], lines.pushes.T)
+        lines.collect(parts, gradients)
+        return lines.gather()
 
     def points(self, state: Tensor) -> Tensor:
         return as_rows(state[: self.coordinates], self._event_shape)
 
-    def _patches(self, x: Tensor) -> Tensor:
-        """Neighbourhoods of the pixels of images that are columns, shape (C·k·k, H·W·B)."""
-        patches: Tensor = _Patches.apply(x.reshape(*self._shape, -1), self._side)
-        return patches
+    @cached_property
+    def _lines(self) -> _Lines:
+        return _Lines(self.tensors, self._shape, self._side, self.state.shape[1])
 
-    def _correlate(self, patches: Tensor) -> Tensor:
-        """The product of every kernel with every neighbourhood, shape (F, B)."""
-        products = self.tensors.rows @ patches
-        return products.view(len(products) * self._shape[1] * self._shape[2], -1)
 
-    def _transposed(self, push: Tensor) -> Tensor:
-        """The sum of all kernels at all pixels, each times its entry of (F, B); shape (D, B)."""
-        rows, (_, height, width) = self.tensors.rows, self._shape
-        batch = push.shape[1]
-        patches = rows.T @ push.reshape(len(rows), height * width * batch)
-        images: Tensor = _Overlap.apply(patches, (*self._shape, batch), self._side)
-        return images.view(self.coordinates, batch)
+class _Line(NamedTuple):
+    """What one line of all images is made of, as views of larger tensors.
+
+    Attributes:
+        seen: what its pixels see of the points, shape (k·C·k, W·B), and of the points and their
+            adjoints, (k·C·k, 2·W·B).
+        pushed: where its pixels push, shape (k·C·k, W·B).
+        amplitude, bias, bend: shape (K, W, 1); the last is the curvature.
+        curvature: shape (K·W,).
+    """
+
+    seen: tuple[Tensor, Tensor]
+    pushed: Tensor
+    amplitude: Tensor
+    bias: Tensor
+    bend: Tensor
+    curvature: Tensor
+
+
+class _Room(NamedTuple):
+    """Room for a number of each kernel at each pixel of a line, in two shapes."""
+
+    full: Tensor
+    flat: Tensor
+
+
+class _Lines:
+    """Images cut into lines, with room for all that an evaluation makes of a line.
+
+    Neighbourhoods of a batch are kept as (H + k - 1, C·k, 2, W·B): of each line, the pixels of each
+    channel shifted by 0 ... k - 1 columns, of the points and of their adjoints. What a line of
+    pixels sees is k lines of that, which lie side by side in memory: a matrix of k·C·k rows,
+    without a copy.
+
+    Attributes:
+        rows: the kernels as rows, shape (K, k·C·k).
+        transposed: the same, shape (k·C·k, K).
+        products: of the kernels with what a line sees, points and adjoints, shape (K, 2·W·B).
+        h, projected: the two halves of ``products``.
+        pushes: numbers by which kernels are pushed, shape (K, 2·W·B).
+        g, push: the two halves of ``pushes``.
+        second: room for the second derivative.
+    """
+
+    def __init__(
+        self, tensors: ConvolutionalTensors, shape: tuple[int, ...], side: int, batch: int
+    ) -> None:
+        channels, height, width = self._shape = shape
+        self._side, self._batch = side, batch
+        weight, *others = (tensor.detach() for tensor in tensors)
+        self.rows = weight.transpose(1, 2).flatten(1)
+        self.transposed = self.rows.T.contiguous()
+        kernels, patch = self.rows.shape
+        self._seen = weight.new_zeros(height + side - 1, channels * side, 2, width * batch)
+        self._pushed = weight.new_empty(height + side - 1, channels * side, width * batch)
+        room = weight.new_empty(2, kernels, 2, width * batch)
+        self.products, self.pushes = room.flatten(2)
+        self.h, self.g = (_Room(r[:, 0].unflatten(1, (width, batch)), r[:, 0]) for r in room)
+        self.projected, self.push = (r[:, 1].unflatten(1, (width, batch)) for r in room)
+        second = weight.new_empty(kernels, width, batch)
+        self.second = _Room(second, second.flatten(0, 1))
+        amplitude, curvature, bias = (v.transpose(0, 1).contiguous() for v in others)
+        self._lines = [
+            _Line(
+                (
+                    self._seen[i : i + side, :, 0].flatten(0, 1),
+                    self._seen[i : i + side].view(patch, -1),
+                ),
+                self._pushed[i : i + side].view(patch, -1),
+                amplitude[i, :, :, None],
+                bias[i, :, :, None],
+                curvature[i, :, :, None],
+                curvature[i].flatten(),
+            )
+            for i in range(height)
+        ]
+
+    def __iter__(self) -> Iterator[_Line]:
+        return iter(self._lines)
+
+    def look_at(self, x: Tensor, slot: int) -> None:
+        """Take in images that are columns, points (0) or adjoints (1), and forget what is pushed."""
+        inside, images = self._inside(self._seen[:, :, slot]), self._images(x)
+        for column, here, there in self._shifts():
+            inside[:, :, column, here] = images[:, :, there]
+        self._pushed.zero_()
+
+    def gather(self) -> Tensor:
+        """The images that the pushed kernels add up to, as columns, shape (D, B)."""
+        inside = self._inside(self._pushed)
+        total = inside.new_zeros(math.prod(self._shape), self._batch)
+        images = self._images(total)
+        for column, here, there in self._shifts():
+            images[:, :, there] += inside[:, :, column, here]
+        return total
+
+    def parts(self, gradients: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+        """Room for each gradient that is wanted: of the rows, then line by line."""
+        (kernels, patch), (_, height, width) = self.rows.shape, self._shape
+        shapes = (
+            (patch, kernels), (height, kernels, width), (height, kernels * width),
+            (height, kernels, width),
+        )  # fmt: skip
+        return tuple(
+            None if gradient is None else gradient.new_zeros(shape)
+            for gradient, shape in zip(gradients, shapes, strict=True)
+        )
+
+    def collect(
+        self, parts: tuple[Tensor | None, ...], gradients: list[Tensor | None]
+    ) -> None:
+        """Add parts to the gradients."""
+        for number, (part, gradient) in enumerate(zip(parts, gradients, strict=True)):
+            if part is None or gradient is None:
+                continue
+            if number == 0:
+                side = self._side
+                gradient += part.T.unflatten(1, (side, -1, side)).transpose(1, 2)
+            else:
+                gradient += part.view(len(part), *gradient.shape[::2]).transpose(0, 1)
+
+    def _inside(self, lines: Tensor) -> Tensor:
+        """Lines within the border, (H, C, k, W, B), of a tensor (H + k - 1, C·k, W·B)."""
+        margin, (channels, height, width) = self._side // 2, self._shape
+        inside = lines[margin : margin + height].unflatten(1, (channels, self._side))
+        return inside.unflatten(3, (width, self._batch))
+
+    def _images(self, columns: Tensor) -> Tensor:
+        """Images that are columns, (D, B), line by line: (H, C, W, B)."""
+        return columns.unflatten(0, self._shape).transpose(0, 1)
+
+    def _shifts(self) -> Iterator[tuple[int, slice, slice]]:
+        """Each column of a kernel, the pixels that it reaches from, and those that it reaches."""
+        margin, width = self._side // 2, self._shape[2]
+        for column in range(self._side):
+            shift = column - margin
+            first, last = max(0, -shift), width - max(0, shift)
+            yield column, slice(first, last), slice(first + shift, last + shift)
 
 
 class _Patches(torch.autograd.Function):

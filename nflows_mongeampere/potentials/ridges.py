@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nflows_mongeampere.dynamics import Dynamics, Time, as_rows, start
+from nflows_mongeampere.dynamics import Dynamics, Time, as_rows
 from nflows_mongeampere.potentials.activations import ACTIVATIONS, Activation
 
 
@@ -45,22 +45,22 @@ class RidgeTensors(NamedTuple):
     r"""What the equations of motion in :math:`x` are made of.
 
     Attributes:
-        weight: :math:`W^T`, shape (D, H).
+        rows: :math:`[W \mid b]^T`, shape (D + 1, H).
         push: :math:`(a \odot W)^T`, shape (D, H).
         curvature: :math:`(a \odot r)^T`, shape (1, H).
-        offset: :math:`Vc + b`, shape (H, B) or (H, 1).
+        moved: the offset of each point, where it is not the same b for all, shape (H, B), or None.
         speed: :math:`v`, shape (H, 1), or None.
     """
 
-    weight: Tensor
+    rows: Tensor
     push: Tensor
     curvature: Tensor
-    offset: Tensor
+    moved: Tensor | None
     speed: Tensor | None
 
 
 class RidgeDynamics(Dynamics):
-    r"""The equations of motion of ridges in :math:`x`: the state is :math:`[x; \ell]`, (D + 1, B).
+    r"""The equations of motion of ridges in :math:`x`: the state is :math:`[x; 1; \ell]`.
 
     .. math:: \dot x = (a \odot W)^T \sigma'(h), \qquad \dot\ell = (a \odot r)^T \sigma''(h),
               \qquad h = Wx + vt + o.
@@ -69,6 +69,8 @@ class RidgeDynamics(Dynamics):
 
     .. math:: g = \sigma''(h) \odot (a \odot W) \lambda
                   + \sigma'''(h) \odot (a \odot r) \lambda_\ell^T.
+
+    The row of ones makes :math:`Wx + b` a single product, and so the gradients of W and b.
     """
 
     by_hand = True
@@ -77,16 +79,18 @@ class RidgeDynamics(Dynamics):
     def __init__(self, ridges: Ridges, inputs: Tensor) -> None:
         weight, amplitude, offset, speed, activation = ridges
         self._activation: Activation = ACTIVATIONS[activation]
-        self._event_shape = inputs.shape[1:]
-        self.coordinates = weight.shape[1]
-        self.state = start(inputs, 1)
-        columns = weight.T.contiguous()
-        curvature = amplitude * weight.square().sum(1)
+        self._event_shape, self._features = inputs.shape[1:], weight.shape[1]
+        self.coordinates = self._features + 1
+        points, columns = inputs.flatten(1).T, weight.T
+        zeros = torch.zeros_like(points[:1])
+        self.state = torch.cat([points, zeros + 1, zeros])
+        shared = offset.shape[1] == 1
+        push = (columns * amplitude).contiguous()
         self.tensors = RidgeTensors(
-            columns,
-            columns * amplitude,
-            curvature[None],
-            offset,
+            torch.cat([columns, offset.T if shared else torch.zeros_like(amplitude)[None]]),
+            push,
+            (columns * push).sum(0, keepdim=True),
+            None if shared else offset,
             None if speed is None else speed[:, None],
         )
 
@@ -94,11 +98,12 @@ class RidgeDynamics(Dynamics):
         return self.stage(t, state)[0]
 
     def stage(self, t: Time, state: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        weight, push, curvature, offset, speed = self.tensors
-        x = state[: self.coordinates]
-        h = torch.addmm(offset if speed is None else offset + speed * t, weight.T, x)
-        p = self._activation.first(h)
-        return torch.cat([push @ p, curvature @ self._activation.second(p)]), (x, p)
+        rows, push, curvature, moved, speed = self.tensors
+        x = state[:-1]
+        h = rows.T @ x if moved is None else torch.addmm(moved, rows.T, x)
+        p = self._activation.first(h if speed is None else h + speed * t)
+        velocity, laplacian = push @ p, curvature @ self._activation.second(p)
+        return torch.cat([velocity, torch.zeros_like(laplacian), laplacian]), (x, p)
 
     def pullback(
         self,
@@ -108,24 +113,26 @@ class RidgeDynamics(Dynamics):
         gradients: list[Tensor | None],
     ) -> Tensor:
         x, p = kept
-        weight, push, curvature, _, _ = self.tensors
-        of_x, of_l = adjoint[: self.coordinates], adjoint[self.coordinates :]
+        rows, push, curvature, _, _ = self.tensors
+        of_x, of_l = adjoint[:-2], adjoint[-1:]
         second = self._activation.second(p)
-        g = torch.mm(push.T, of_x)
+        g = push.T @ of_x
         g.addcmul_(curvature.T * of_l, self._activation.steepness(p)).mul_(second)
-        d_weight, d_push, d_curvature, d_offset, d_speed = gradients
-        if d_weight is not None:
-            d_weight.addmm_(x, g.T)
+        d_rows, d_push, d_curvature, d_moved, d_speed = gradients
+        if d_rows is not None:
+            d_rows.addmm_(x, g.T)
         if d_push is not None:
             d_push.addmm_(of_x, p.T)
         if d_curvature is not None:
             d_curvature.addmm_(of_l, second.T)
-        if d_offset is not None or d_speed is not None:
-            add_offset(g, t, d_offset, d_speed)
-        return weight @ g
+        if d_moved is not None:
+            d_moved.add_(g)
+        if d_speed is not None:
+            d_speed.add_(g.sum(1, keepdim=True) * t)
+        return rows @ g
 
     def points(self, state: Tensor) -> Tensor:
-        return as_rows(state[: self.coordinates], self._event_shape)
+        return as_rows(state[: self._features], self._event_shape)
 
 
 class ReducedTensors(NamedTuple):
@@ -216,8 +223,10 @@ class ReducedDynamics(Dynamics):
             d_amplitude.add_((of_s * p).sum(1, keepdim=True))
         if d_curvature is not None:
             d_curvature.addmm_(of_l, second.T)
-        if d_origin is not None or d_speed is not None:
-            add_offset(g, t, d_origin, d_speed)
+        if d_origin is not None:
+            d_origin.add_(g)
+        if d_speed is not None:
+            d_speed.add_(g.sum(1, keepdim=True) * t)
         return gram @ g
 
     def points(self, state: Tensor) -> Tensor:
@@ -273,12 +282,3 @@ class ReducedCostDynamics(ReducedDynamics):
         gradients: list[Tensor | None],
     ) -> Tensor:
         return Dynamics.pullback(self, t, kept, adjoint, gradients)
-
-
-def add_offset(g: Tensor, t: Time, d_offset: Tensor | None, d_speed: Tensor | None) -> None:
-    """Add the gradient of what stands beside the product in h: an offset, and a speed times t."""
-    total = g.sum(1, keepdim=True)
-    if d_offset is not None:
-        d_offset.add_(total if d_offset.shape[1] == 1 else g)
-    if d_speed is not None:
-        d_speed.add_(total * t)
