@@ -18,15 +18,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import nn
 
+from nflows_mongeampere import potentials
+from nflows_mongeampere.configured import Configured
 from nflows_mongeampere.flow import MongeAmpereFlow, Noise
 from nflows_mongeampere.groups import Group
-from nflows_mongeampere.potentials import (
-    ConvolutionalPotential,
-    RidgePotential,
-    SymmetrizedPotential,
-)
 from nflows_mongeampere.transform import MongeAmpereTransform
-from nflows_mongeampere.transport import Transport
 from nflows_mongeampere.version import __version__
 
 FORMAT = "nflows-mongeampere"
@@ -173,7 +169,7 @@ def _describe(part: object, place: str) -> object:
             f"flow: {place} is a {type(part).__module__}.{name}, which cannot be described as "
             f"plain data; known are {', '.join(sorted(KNOWN))}; save its state_dict()"
         )
-    arguments = KNOWN[name][1](part)
+    arguments = part.arguments() if isinstance(part, Configured) else KNOWN[name][1](part)
     return {
         "class": name,
         "arguments": {key: _describe(value, f"{place}.{key}") for key, value in arguments.items()},
@@ -192,36 +188,6 @@ def _build(description: Any) -> Any:
     return description
 
 
-def _transport(t: Transport) -> Arguments:
-    settings = t.integrator
-    if not isinstance(settings.solver, str):
-        raise TypeError(
-            f"flow: solver {type(settings.solver).__name__} is an instance, which cannot be "
-            "described as plain data; give the solver by its name"
-        )
-    return {"time": t.time, **vars(settings)}
-
-
-def _ridge(p: RidgePotential) -> Arguments:
-    return {
-        "features": p.features,
-        "hidden_features": p.hidden_features,
-        "context_features": p.context_features,
-        "time_dependent": p.time_dependent,
-        "activation": p.activation,
-        "bias": p.bias is not None,
-    }
-
-
-def _convolutional(p: ConvolutionalPotential) -> Arguments:
-    return {
-        "shape": list(p.shape),
-        "kernels": p.kernels,
-        "kernel_size": p.kernel_size,
-        "activation": p.activation,
-    }
-
-
 def _flow(f: flows.Flow) -> Arguments:
     embedding = None if isinstance(f._embedding_net, nn.Identity) else f._embedding_net
     return {
@@ -229,16 +195,6 @@ def _flow(f: flows.Flow) -> Arguments:
         "distribution": f._distribution,
         "embedding_net": embedding,
     }
-
-
-def _monge_ampere_flow(f: MongeAmpereFlow) -> Arguments:
-    potential = _ridge(f._transform.potential)
-    del potential["bias"]
-    wrapped = _flow(f)
-    del wrapped["transform"]
-    if isinstance(f._distribution, Noise):
-        wrapped["distribution"] = None
-    return {**potential, **wrapped, **_transport(f._transform)}
 
 
 def _affine(t: Any) -> Arguments:
@@ -266,16 +222,20 @@ def _linear(m: nn.Linear) -> Arguments:
     }
 
 
+# Ours know the arguments that build them.
+OURS: tuple[type, ...] = (
+    *(getattr(potentials, name) for name in potentials.__all__),
+    Group,
+    MongeAmpereTransform,
+    MongeAmpereFlow,
+)
+
 # Each class that a file may name, and the arguments that build one like a given instance.
 KNOWN: dict[str, tuple[type, Callable[[Any], Arguments]]] = {
     cls.__name__: (cls, arguments)
     for cls, arguments in (
-        (RidgePotential, _ridge),
-        (ConvolutionalPotential, _convolutional),
-        (SymmetrizedPotential, lambda p: {"potential": p.potential, "group": p.group}),
-        (Group, lambda g: {"generators": g.generators.tolist(), "lattice": g.lattice}),
-        (MongeAmpereTransform, lambda t: {"potential": t.potential, **_transport(t)}),
-        (MongeAmpereFlow, _monge_ampere_flow),
+        *((ours, Configured.arguments) for ours in OURS),
+        (Noise, lambda d: {"shape": list(d._shape)}),
         (flows.Flow, _flow),
         (distributions.StandardNormal, lambda d: {"shape": list(d._shape)}),
         (distributions.DiagonalNormal, lambda d: {"shape": list(d._shape)}),

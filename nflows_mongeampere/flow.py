@@ -24,6 +24,7 @@ class Noise(StandardNormal):
         del self._log_z  # a buffer, which would stay behind where models are built without numbers
         # in a tuple, because the noise is part of the flow and not the other way round
         self._flow = () if flow is None else (flow,)
+        self.register_buffer("_like", torch.empty(0), persistent=False)
 
     def _log_prob(self, inputs: Tensor, context: Tensor | None) -> Tensor:
         entries = self._shape.numel()
@@ -31,7 +32,7 @@ class Noise(StandardNormal):
 
     def _sample(self, num_samples: int, context: Tensor | None) -> Tensor:
         rows = (num_samples,) if context is None else (len(context), num_samples)
-        like = next((p for flow in self._flow for p in flow.parameters()), torch.empty(0))
+        like = next((p for flow in self._flow for p in flow.parameters()), self._like)
         return torch.randn(*rows, *self._shape, dtype=like.dtype, device=like.device)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nflows_mongeampere import validation
+from nflows_mongeampere.configured import Configured
 
 # Elements of the largest group that is built, and entries of all of them.
 LARGEST, LARGEST_TABLE = 2**17, 2**26
@@ -76,7 +77,7 @@ class Elements:
         return tables
 
 
-class Group(Elements):
+class Group(Configured, Elements):
     r"""A finite group whose elements permute the entries of an event and change their signs.
 
     An element :math:`g = (\pi, s)` acts by
@@ -153,6 +154,10 @@ class Group(Elements):
         """Whether x → -x is an element."""
         here = self.permutations == torch.arange(self.features, device="cpu")
         return bool((here & (self.signs == -1)).all(1).any())
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments with which :meth:`generated_by` builds this group again."""
+        return {"generators": self.generators.tolist(), "lattice": self.lattice}
 
     def some(self, chosen: Tensor) -> Elements:
         """Those of the elements that a mask of shape (n,) chooses."""
