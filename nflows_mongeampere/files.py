@@ -19,6 +19,7 @@ from safetensors.torch import save as serialize
 from torch import nn
 
 from nflows_mongeampere import potentials
+from nflows_mongeampere.atomic import write as write  # for those who write beside a flow
 from nflows_mongeampere.configured import Configured
 from nflows_mongeampere.flow import MongeAmpereFlow, Noise
 from nflows_mongeampere.groups import Group
@@ -113,22 +114,6 @@ def load(path: str | Path) -> nn.Module:
             f"path: the description and the tensors in {target} do not fit together: {error}"
         ) from error
     return flow
-
-
-def write(path: str | Path, content: str | bytes) -> None:
-    """Write a file whole or not at all, whatever happens meanwhile.
-
-    Args:
-        path: where to; an existing file is replaced.
-        content: text, in UTF-8, or bytes.
-    """
-    target = Path(path)
-    partial = target.with_name(target.name + ".partial")
-    try:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _path(path: object) -> Path:

@@ -1,26 +1,32 @@
-r"""What the samples of a flow tell about an unnormalised density :math:`\pi`, with error bars.
+r"""Importance-sampling estimates for an unnormalised density :math:`\pi`, with error bars.
 
 A flow :math:`q` that was trained towards :math:`\pi` is an approximation, but its samples carry
 weights :math:`w = \pi(x) / q(x)` that correct it: every estimate here but the variational one
-converges to the exact value of :math:`\pi`, however good the flow. How fast, the effective sample
-size tells.
+converges to the exact value of :math:`\pi`, provided the flow covers the target's support. The
+effective sample size tells how many samples count, and Pareto's :math:`\hat k` whether the error
+bars hold.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
+import warnings
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from normflows.flows import MetropolisHastings
 from torch import Tensor, nn
 
 from nflows_mongeampere import validation
+from nflows_mongeampere.accuracy import AccuracyWarning
+from nflows_mongeampere.pareto import largest_shape, tail_shape
+from nflows_mongeampere.potentials import AutogradPotential, Potential
 
 
 class Estimate(NamedTuple):
-    """A mean with its standard error."""
+    """A mean with its standard error, which is infinite where the samples do not tell it."""
 
     value: float
     error: float
@@ -46,44 +52,87 @@ class WeightedSamples:
 
     @property
     def free_energy(self) -> Estimate:
-        r"""The variational free energy :math:`-\langle \ln w \rangle \ge -\ln Z`, in nats."""
+        r"""The variational free energy :math:`-\langle \ln w \rangle \ge -\ln Z`, in nats.
+
+        Infinite, with an infinite error, where a sample lies outside the target's support.
+        """
         return _mean(-self.log_weights)
 
     @property
     def corrected_free_energy(self) -> Estimate:
         r"""The exact :math:`-\ln Z` as estimated by :math:`-\ln \langle w \rangle`, in nats.
 
-        Its error is that of the mean of the weights, to first order; it is only to be trusted
-        where the effective sample size is many samples.
+        Its error is that of the mean of the weights, to first order. It is infinite, with an
+        infinite error, where no sample lies in the target's support.
+
+        Warns:
+            AccuracyWarning: where the error bar cannot be trusted; see :attr:`pareto_k`.
         """
-        weights = (self.log_weights - self.log_weights.max()).exp()
-        mean = _mean(weights)
-        value = -(self.log_weights.max().item() + math.log(mean.value))
-        return Estimate(value, mean.error / mean.value)
+        if not self._any_weight:
+            return Estimate(math.inf, math.inf)
+        self._check_tail()
+        largest = self.log_weights.max()
+        mean = _mean((self.log_weights - largest).exp())
+        return Estimate(-(largest.item() + math.log(mean.value)), mean.error / mean.value)
 
     @property
     def effective_sample_size(self) -> float:
-        r"""The part :math:`\langle w \rangle^2 / \langle w^2 \rangle` of N, between 1/N and 1."""
-        share = self._shares
-        return (1 / (len(self) * share.square().sum())).item()
+        r"""The part :math:`\langle w \rangle^2 / \langle w^2 \rangle` of N that counts.
+
+        Between 1/N and 1, or 0 where no sample lies in the target's support.
+        """
+        if not self._any_weight:
+            return 0.0
+        return (1 / (len(self) * self._shares.square().sum())).item()
+
+    @cached_property
+    def pareto_k(self) -> float:
+        r"""The shape :math:`\hat k` of the tail of the weights, the diagnostic of PSIS.
+
+        Weights have a variance, and error bars a meaning, for k < 1/2; up to
+        :math:`\min(1 - 1/\log_{10} N, 0.7)` they still hold in practice. Above, the largest weights
+        that were drawn are not the largest there are: values and error bars that depend on the
+        weights are warned of. The effective sample size cannot tell, for it is computed from the
+        weights that were drawn. No diagnostic sees a mode of the target that no sample found.
+        Vehtari et al., `arXiv:1507.02646 <https://arxiv.org/abs/1507.02646>`_.
+        """
+        return tail_shape(self.log_weights)
 
     def mean(self, values: Tensor) -> Estimate:
         r"""The mean of an observable under the target, :math:`\sum w f / \sum w`.
 
         Args:
             values: of the observable on each sample, shape (N,).
+
+        Raises:
+            ValueError: if ``values`` has another shape, or no sample lies in the target's support.
+
+        Warns:
+            AccuracyWarning: where the error bar cannot be trusted; see :attr:`pareto_k`.
         """
-        values = self._observable(values)
-        mean = self._shares @ values
-        error = (self._shares * (values - mean)).square().sum().sqrt()
-        return Estimate(mean.item(), error.item())
+        if not isinstance(values, Tensor) or values.shape != self.log_weights.shape:
+            raise ValueError(
+                f"values: got {_described(values)}, expected a tensor of shape ({len(self)},): "
+                "the observable on each sample"
+            )
+        if not self._any_weight:
+            raise ValueError(
+                f"log_weights: none of the {len(self)} samples lies in the target's support, so "
+                "that the mean is 0 / 0; train the flow to cover it, or draw more"
+            )
+        self._check_tail()
+        share = self._shares
+        # what an observable is outside the support is of no weight, and may be NaN
+        values = torch.where(share > 0, values.detach().to(share), 0.0)
+        mean = share @ values
+        error = (share * (values - mean)).square().sum().sqrt()
+        return Estimate(mean.item(), error.item() if len(self) > 1 else math.inf)
 
     def chain(self, chains: int = 1) -> Chain:
         r"""Independence Metropolis-Hastings chains whose proposals are these samples.
 
         A chain at :math:`x` goes on to the next sample :math:`y` with probability
-        :math:`\min(1, w(y) / w(x))`, or stays; its stationary distribution is the target. The
-        steps are normflows' ``MetropolisHastings``, which moves the numbers of the samples.
+        :math:`\min(1, w(y) / w(x))`, or stays; its stationary distribution is the target.
 
         Args:
             chains: how many run side by side, each with its part of the samples.
@@ -95,26 +144,35 @@ class WeightedSamples:
                 f"chains: got {chains}, expected at most {len(self) // 2}, so that each has two "
                 f"of the {len(self)} samples"
             )
-        # numbers are kept as float64, in whose precision normflows then draws
-        proposals = torch.arange(chains * length).double().view(length, chains, 1)
-        step = MetropolisHastings(_Weights(self.log_weights), _Next(proposals), steps=1)
-        visited = [proposals[0]]
-        for _ in range(length - 1):
-            visited.append(step(visited[-1])[0])
-        return Chain(torch.stack(visited)[:, :, 0].long())
+        proposals = torch.arange(chains * length).view(length, chains)
+        log_weights, visited = self.log_weights.cpu(), [proposals[0]]
+        for proposal in proposals[1:]:
+            ratio = (log_weights[proposal] - log_weights[visited[-1]]).exp()
+            accepted = torch.rand(chains, dtype=ratio.dtype) <= ratio  # never where it is NaN
+            visited.append(torch.where(accepted, proposal, visited[-1]))
+        return Chain(torch.stack(visited))
+
+    @property
+    def _any_weight(self) -> bool:
+        return bool(self.log_weights.max() > -math.inf)
 
     @property
     def _shares(self) -> Tensor:
         """The weights, normalised to a sum of one."""
         return self.log_weights.softmax(0)
 
-    def _observable(self, values: Tensor) -> Tensor:
-        if not isinstance(values, Tensor) or values.shape != self.log_weights.shape:
-            raise ValueError(
-                f"values: got {validation.describe(values)}, expected a tensor of shape "
-                f"({len(self)},): the observable on each sample"
+    def _check_tail(self) -> None:
+        limit = largest_shape(len(self))
+        if self.pareto_k > limit:
+            counting = self.effective_sample_size * len(self)
+            warnings.warn(
+                f"the error bar cannot be trusted: a few weights decide (Pareto k = "
+                f"{self.pareto_k:.2g}, at most {limit:.2g} for {len(self)} samples, of which "
+                f"{counting:.1f} count); train the flow longer, check its solver's steps, or draw "
+                "more samples",
+                AccuracyWarning,
+                stacklevel=3,
             )
-        return values.detach().to(self.log_weights)
 
 
 @dataclass(frozen=True)
@@ -157,10 +215,14 @@ class Chain:
         return max(1.0, float(times[window]))
 
     def mean(self, values: Tensor) -> Estimate:
-        """The mean of an observable along the chains, its error from the autocorrelation time."""
+        """The mean of an observable along the chains, its error from the autocorrelation time.
+
+        The error is infinite where the chains have accepted nothing: they tell of the flow alone.
+        """
         path = self._path(values)
         independent = path.numel() / self.autocorrelation_time(values)
-        error = math.inf if independent <= 1 else float(path.std()) / math.sqrt(independent)
+        moved = independent > 1 and self.acceptance > 0
+        error = float(path.std()) / math.sqrt(independent) if moved else math.inf
         return Estimate(path.mean().item(), error)
 
     def _path(self, values: Tensor) -> Tensor:
@@ -168,87 +230,178 @@ class Chain:
         count = int(self.numbers.max()) + 1
         if not isinstance(values, Tensor) or values.dim() != 1 or len(values) < count:
             raise ValueError(
-                f"values: got {validation.describe(values)}, expected a tensor of shape (N,) with "
+                f"values: got {_described(values)}, expected a tensor of shape (N,) with "
                 f"N >= {count}: the observable on each sample"
             )
         return values.detach().double().cpu()[self.numbers]
 
 
-def sample_and_log_prob(flow: Any, num_samples: int) -> tuple[Tensor, Tensor]:
-    """Samples with their log-density, shapes (N, ...) and (N,), from either library."""
-    pair = flow.sample_and_log_prob if hasattr(flow, "sample_and_log_prob") else flow.sample
-    x, log_q = pair(num_samples)
-    return x, log_q
-
-
-def target_log_prob(target: Any, x: Tensor) -> Tensor:
-    """The unnormalised log-density of a target in nats, shape (N,), at points of shape (N, ...).
-
-    Raises:
-        ValueError: if the target gives anything but one number for each point.
-    """
-    what = "one log-density for each sample; torch.distributions.Independent sums over entries"
-    return validation.returned("target", target, target.log_prob(x), x.shape[:1], what)
-
-
 @torch.no_grad()
-def weigh(flow: nn.Module, target: Any, num_samples: int, batch_size: int = 500) -> WeightedSamples:
-    """Draw samples from a flow and weigh them towards a target.
+def weigh(
+    flow: nn.Module,
+    target: Any,
+    num_samples: int,
+    batch_size: int = 500,
+    *,
+    context: Tensor | None = None,
+) -> WeightedSamples:
+    r"""Draw samples from a flow and weigh them towards a target.
 
     Args:
         flow: a flow of nflows or a model of normflows.
         target: an object with ``log_prob``, as normflows' targets have it.
         num_samples: N.
         batch_size: how many are drawn at once.
+        context: what flow and target are conditioned on: one row, shape (1, ...), for all samples,
+            or a row for each, shape (N, ...). It goes to ``target.log_prob(x, context=...)`` too.
+            Rows of their own make the variational free energy the mean over contexts, and the other
+            estimates those of one joint density of x and the rows.
 
     Returns:
         The samples with their weights.
 
     Raises:
         TypeError: if ``flow`` is no flow, or ``target`` has no ``log_prob``.
-        ValueError: if the target does not give one log-density for each sample, or a weight is no
-            number.
+        ValueError: if the log-density of either is a random estimate, whose weights would be
+            biased, or NaN; or if the target does not give one for each sample.
     """
-    if not hasattr(flow, "sample"):
+    if not isinstance(flow, nn.Module) or not hasattr(flow, "sample"):
         raise TypeError(
             f"flow: got {type(flow).__name__}, expected a flow of nflows or a model of normflows"
         )
     if not hasattr(target, "log_prob"):
         raise TypeError(f"target: got {type(target).__name__}, expected an object with log_prob")
+    require_density("flow", flow)
+    require_density("target", target)
     num_samples = validation.integer("num_samples", num_samples)
     batch_size = validation.integer("batch_size", batch_size)
+    if context is not None and len(context) not in (1, num_samples):
+        raise ValueError(
+            f"context: got {len(context)} rows for {num_samples} samples, expected one row for all "
+            "samples or one for each; weigh several contexts one by one"
+        )
     points, log_weights = [], []
     for first in range(0, num_samples, batch_size):
-        x, log_q = sample_and_log_prob(flow, min(batch_size, num_samples - first))
-        points.append(x)
-        log_weights.append((target_log_prob(target, x).double() - log_q.double()).cpu())
+        count = min(batch_size, num_samples - first)
+        if context is None or len(context) == 1:
+            drawn = draw(flow, count, context)
+        else:
+            drawn = draw(flow, 1, context[first : first + count])
+        log_p = target_log_prob(target, drawn.x, drawn.context)
+        for name, log_density in (("flow", drawn.log_prob), ("target", log_p)):
+            if bool(log_density.isnan().any()):
+                raise ValueError(f"{name}: the log-density is NaN on samples of the flow")
+        points.append(drawn.x)
+        log_weights.append((log_p.double() - drawn.log_prob.double()).cpu())
     weights = torch.cat(log_weights)
-    if bool(weights.isnan().any()) or bool((weights == math.inf).any()):
-        raise ValueError("target: the log-density of the flow or of the target is no number")
+    if not bool((weights < math.inf).all()):
+        raise ValueError("target: the log-density of flow or target is infinite where they sample")
     return WeightedSamples(torch.cat(points), weights)
 
 
-class _Weights(nn.Module):
-    """The target of a chain over the numbers of samples."""
+class Draws(NamedTuple):
+    """Samples of a flow, with their log-density and the row of context that each has."""
 
-    def __init__(self, log_weights: Tensor) -> None:
-        super().__init__()
-        self.log_weights = log_weights
-
-    def log_prob(self, state: Tensor) -> Tensor:
-        return self.log_weights[state[:, 0].long()]
+    x: Tensor
+    log_prob: Tensor
+    context: Tensor | None
 
 
-class _Next(nn.Module):
-    """Proposes the next sample of each chain; the weights hold the density of the proposals."""
+def draw(flow: Any, num_samples: int, context: Tensor | None = None) -> Draws:
+    """Samples with their log-density, shapes (N, ...) and (N,), from either library.
 
-    def __init__(self, proposals: Tensor) -> None:
-        super().__init__()
-        self.rest = iter(proposals[1:])
+    nflows draws ``num_samples`` for each row of context. normflows draws one for each row: where
+    there are fewer rows than ``num_samples``, each is repeated until they are enough.
+    """
+    if context is None:
+        pair = flow.sample_and_log_prob if hasattr(flow, "sample_and_log_prob") else flow.sample
+        return Draws(*pair(num_samples), None)
+    if hasattr(flow, "sample_and_log_prob"):
+        x, log_q = flow.sample_and_log_prob(num_samples, context)
+        return Draws(x.flatten(0, 1), log_q.flatten(), context.repeat_interleave(num_samples, 0))
+    rows = context.repeat_interleave(math.ceil(num_samples / len(context)), 0)
+    return Draws(*flow.sample(len(rows), rows), rows)
 
-    def forward(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        return next(self.rest), state.new_zeros(len(state))
+
+def target_log_prob(target: Any, x: Tensor, context: Tensor | None = None) -> Tensor:
+    """The unnormalised log-density of a target in nats, shape (N,), at points of shape (N, ...).
+
+    Raises:
+        ValueError: if the target gives anything but one number for each point.
+    """
+    log_p = target.log_prob(x) if context is None else target.log_prob(x, context=context)
+    if not isinstance(log_p, Tensor) or log_p.shape != x.shape[:1]:
+        raise ValueError(
+            f"target: {type(target).__name__} returned {_described(log_p)}, expected a tensor of "
+            f"shape ({len(x)},): one log-density for each sample; torch.distributions.Independent "
+            "sums over entries"
+        )
+    return log_p
+
+
+def conditional(flow: nn.Module, target: Any) -> bool:
+    """Whether flow and target are given a context.
+
+    A target is where its ``log_prob`` has a parameter of that name. Where that is optional, a layer
+    of the flow has to take one as well: nflows gives ``context`` to all, and most ignore it.
+    """
+    parameter = inspect.signature(target.log_prob).parameters.get("context")
+    if parameter is None or parameter.default is inspect.Parameter.empty:
+        return parameter is not None
+    return any(
+        "context" in name.rpartition(".")[2]  # the layers of nflows' networks that take it
+        or getattr(layer, "context_features", None) is not None
+        or (
+            isinstance(layer, AutogradPotential)
+            and "context" in inspect.signature(layer.module.forward).parameters
+        )
+        for name, layer in flow.named_modules()
+    )
+
+
+def require_density(name: str, flow: Any, *, of_given_points: bool = False) -> None:
+    """Raise unless the log-density of a flow is exact, so that its exponential means something.
+
+    An unbiased estimate of a log-density makes an unbiased loss, but weights, acceptances and
+    gradients along the path are no longer unbiased.
+
+    Args:
+        name: what the user calls ``flow``.
+        flow: a flow or a target; what is no module passes.
+        of_given_points: whether its ``log_prob`` has to be the density that it samples from, which
+            the stochastic layers of normflows break.
+
+    Raises:
+        ValueError: naming the layer, and the remedy.
+    """
+    if not isinstance(flow, nn.Module):
+        return
+    for place, layer in flow.named_modules():
+        if isinstance(layer, Potential) and layer.stochastic:
+            raise ValueError(
+                f"{name}: the Laplacian of {place or name} ({type(layer).__name__}) is a random "
+                "estimate, whose log-density would give biased weights and path gradients; build "
+                "it with laplacian='exact'"
+            )
+        if of_given_points and _samples_by_markov_chain(layer):
+            raise ValueError(
+                f"{name}: {place} ({type(layer).__name__}) is a stochastic layer, whose log_prob is "
+                "not the density of given samples; leave path_gradient=False"
+            )
+
+
+def _samples_by_markov_chain(layer: nn.Module) -> bool:
+    from normflows.flows import HamiltonianMonteCarlo, MetropolisHastings
+
+    return isinstance(layer, (MetropolisHastings, HamiltonianMonteCarlo))
 
 
 def _mean(values: Tensor) -> Estimate:
-    return Estimate(values.mean().item(), (values.std() / math.sqrt(len(values))).item())
+    error = (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else math.inf
+    return Estimate(values.mean().item(), math.inf if math.isnan(error) else error)
+
+
+def _described(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return type(value).__name__

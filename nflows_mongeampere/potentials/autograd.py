@@ -83,7 +83,7 @@ class AutogradPotential(Potential):
         return {"module": self.module, "laplacian": self.laplacian_method, "probe": self.probe}
 
     @property
-    def stochastic(self) -> bool:  # type: ignore[override]
+    def stochastic(self) -> bool:
         """Whether the Laplacian is Hutchinson's estimate."""
         return self.laplacian_method != "exact"
 

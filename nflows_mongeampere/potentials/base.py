@@ -41,7 +41,6 @@ class Potential(Configured, nn.Module, ABC):
         features: number of entries of one event, or None where any shape will do.
         context_features: width of a row of context, or None where no context is taken.
         time_dependent: whether :math:`u` depends on :math:`t`.
-        stochastic: whether the Laplacian is a random estimate.
 
     Example:
         >>> import torch
@@ -60,7 +59,11 @@ class Potential(Configured, nn.Module, ABC):
     features: int | None = None
     context_features: int | None = None
     time_dependent: bool = False
-    stochastic: bool = False
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether the Laplacian is a random estimate, so that log-densities are too."""
+        return False
 
     def forward(self, x: Tensor, t: Time | None = None, context: Tensor | None = None) -> Tensor:
         r"""The value :math:`u(x, t; c)`.

@@ -76,7 +76,7 @@ class SymmetrizedPotential(ClosedFormPotential):
         self._average = potential.averaged(group)
 
     @property
-    def stochastic(self) -> bool:  # type: ignore[override]
+    def stochastic(self) -> bool:
         """Whether the potential that is averaged is."""
         return self.potential.stochastic
 

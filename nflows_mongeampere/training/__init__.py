@@ -1,10 +1,16 @@
 """Training of any nflows or normflows flow by Lightning: resumable, bounded in time, guarded."""
 
-from nflows_mongeampere.training.batches import EndlessBatches, endless
-from nflows_mongeampere.training.callbacks import BudgetBar, History, SolverGuard
-from nflows_mongeampere.training.divergence import DivergenceError, DivergenceGuard
-from nflows_mongeampere.training.fitting import fit, restore
-from nflows_mongeampere.training.objectives import MaximumLikelihood, Objective, ReverseKL
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nflows_mongeampere.training.batches import EndlessBatches, endless
+    from nflows_mongeampere.training.callbacks import BudgetBar, History, SolverGuard
+    from nflows_mongeampere.training.divergence import DivergenceError, DivergenceGuard
+    from nflows_mongeampere.training.fitting import fit, restore
+    from nflows_mongeampere.training.objectives import MaximumLikelihood, Objective, ReverseKL
 
 __all__ = [
     "BudgetBar",
@@ -20,3 +26,23 @@ __all__ = [
     "fit",
     "restore",
 ]
+
+_MODULES = {
+    "batches": ("EndlessBatches", "endless"),
+    "callbacks": ("BudgetBar", "History", "SolverGuard"),
+    "divergence": ("DivergenceError", "DivergenceGuard"),
+    "fitting": ("fit", "restore"),
+    "objectives": ("MaximumLikelihood", "Objective", "ReverseKL"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name where it is first used: Lightning takes seconds, and loads Matplotlib."""
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

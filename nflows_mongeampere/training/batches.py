@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from nflows_mongeampere import validation
 
@@ -17,11 +16,11 @@ Preparation = Callable[[Any, torch.Generator], Any]
 
 
 class EndlessBatches(Dataset[Any]):
-    """An endless row of shuffled batches, of which number k depends on the seed and k alone.
+    """An endless sequence of shuffled batches, of which number k depends on the seed and k alone.
 
-    The rows are dealt out anew in each pass over the data. Where torch.distributed runs several
-    processes, each takes its part of the same batch, noise included: together they see what one
-    would.
+    The rows are shuffled anew in each pass over the data; rows left over at the end of a pass are
+    dropped. Where torch.distributed runs several processes, each takes its part of the same batch,
+    noise included: together they see what one would.
 
     Args:
         data: shape (N, ...), of any dtype; or several such tensors of as many rows, of which a
@@ -29,7 +28,12 @@ class EndlessBatches(Dataset[Any]):
         batch_size: rows of a batch, over all processes.
         seed: of the order and the noise.
         prepare: what is done to a whole batch, with a random generator for its noise:
-            dequantisation, say.
+            dequantisation, say. Where the batches go to spawned workers it has to be picklable, a
+            function of a module.
+
+    Raises:
+        TypeError: if ``data`` is no tensor and no sequence of tensors.
+        ValueError: if the tensors differ in their rows, or have fewer than ``batch_size``.
 
     Example:
         >>> import torch
@@ -50,8 +54,8 @@ class EndlessBatches(Dataset[Any]):
         for part in self.data:
             if not isinstance(part, Tensor) or part.dim() == 0:
                 raise TypeError(
-                    f"data: got {_short(part)}, expected a torch.Tensor of shape (N, ...), or "
-                    "several with as many rows"
+                    f"data: got {type(part).__name__}, expected a torch.Tensor of shape (N, ...), "
+                    "or several with as many rows"
                 )
         counts = [len(part) for part in self.data]
         if len(set(counts)) > 1:
@@ -64,12 +68,13 @@ class EndlessBatches(Dataset[Any]):
                 f"batch_size: got {batch_size}, more than the {self._rows} rows of data; use a "
                 "smaller batch"
             )
-        self._order = lru_cache(maxsize=1)(self._shuffle)
+        self._order: tuple[int, Tensor] | None = None  # of the last pass
+        self._process = (0, 1)
 
     def __getitem__(self, number: int) -> Any:
         """Batch ``number``, this process's part of it."""
-        epoch, place = divmod(number, self._rows // self.batch_size)
-        rows = self._order(epoch)[place * self.batch_size :][: self.batch_size]
+        number_of_pass, place = divmod(number, self._rows // self.batch_size)
+        rows = self._shuffled(number_of_pass)[place * self.batch_size :][: self.batch_size]
         batch: Any = tuple(part[rows] for part in self.data)
         batch = batch if self._several else batch[0]
         if self.prepare is not None:
@@ -77,11 +82,14 @@ class EndlessBatches(Dataset[Any]):
         share = self._share()
         return batch[share] if isinstance(batch, Tensor) else tuple(part[share] for part in batch)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What goes to a spawned worker, in which torch.distributed does not run."""
+        return {**vars(self), "_order": None, "_process": _process()}
+
     def _share(self) -> slice:
         """The rows that fall to this process."""
-        if not (distributed.is_available() and distributed.is_initialized()):
-            return slice(None)
-        rank, processes = distributed.get_rank(), distributed.get_world_size()
+        spawned = get_worker_info() is not None and _process() == (0, 1)
+        rank, processes = self._process if spawned else _process()
         if self.batch_size % processes:
             raise ValueError(
                 f"batch_size: got {self.batch_size}, expected a multiple of the {processes} "
@@ -89,48 +97,56 @@ class EndlessBatches(Dataset[Any]):
             )
         return slice(rank, None, processes)
 
-    def _shuffle(self, epoch: int) -> Tensor:
-        return torch.randperm(self._rows, generator=_generator(self.seed, epoch, 0))
+    def _shuffled(self, number_of_pass: int) -> Tensor:
+        """The order of the rows in a pass."""
+        if self._order is None or self._order[0] != number_of_pass:
+            generator = _generator(self.seed, number_of_pass, 0)
+            self._order = number_of_pass, torch.randperm(self._rows, generator=generator)
+        return self._order[1]
 
 
-class Chapters(Sampler[int]):
-    """Counts on from chapter to chapter; Lightning says which chapter it is by ``set_epoch``."""
+class ValidationIntervals(Sampler[int]):
+    """Counts on from interval to interval; Lightning gives their number by ``set_epoch``."""
 
-    def __init__(self, steps: int) -> None:
-        self.steps, self.chapter, self.skipped = steps, 0, 0
+    def __init__(self, batches: int) -> None:
+        self.batches, self.number, self.skipped = batches, 0, 0
         self._resumed: int | None = None
 
     def resume(self, batches: int) -> None:
-        """Begin the next chapter after so many batches, also where the last one ended early."""
+        """Begin the next interval after so many batches, also where the last one ended early."""
         self._resumed = batches
 
     def set_epoch(self, epoch: int) -> None:
         if self._resumed is not None:
-            self.skipped, self._resumed = epoch * self.steps - self._resumed, None
-        self.chapter = epoch
+            self.skipped, self._resumed = epoch * self.batches - self._resumed, None
+        self.number = epoch
 
     def __len__(self) -> int:
-        return self.steps
+        return self.batches
 
     def __iter__(self) -> Iterator[int]:
-        first = self.chapter * self.steps - self.skipped
-        yield from range(first, first + self.steps)
+        first = self.number * self.batches - self.skipped
+        yield from range(first, first + self.batches)
 
 
-def endless(batches: Dataset[Any], chapter: int) -> DataLoader[Any]:
-    """A loader of ``batches`` 0, 1, 2, ..., in chapters after which Lightning may stop and resume.
+def endless(batches: Dataset[Any], interval: int, **loader: Any) -> DataLoader[Any]:
+    """A loader of ``batches`` 0, 1, 2, ..., in validation intervals.
 
     Args:
         batches: a map from the number of a batch to the batch.
-        chapter: batches between two validations and checkpoints: what Lightning calls an epoch.
+        interval: batches between two validations, with their checkpoints: what Lightning calls an
+            epoch.
+        **loader: keywords of :class:`torch.utils.data.DataLoader`: ``num_workers``, say.
     """
-    return DataLoader(
-        batches, batch_size=None, sampler=Chapters(validation.integer("chapter", chapter))
-    )
+    sampler = ValidationIntervals(validation.integer("interval", interval))
+    return DataLoader(batches, batch_size=None, sampler=sampler, **loader)
 
 
-def _short(value: object) -> str:
-    return validation.describe(value) if isinstance(value, Tensor) else type(value).__name__
+def _process() -> tuple[int, int]:
+    """The rank of this process, and how many there are."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
 
 
 def _generator(*numbers: int) -> torch.Generator:

@@ -1,0 +1,21 @@
+"""Files that are written atomically."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def write(path: str | Path, content: str | bytes) -> None:
+    """Write a file atomically: until it is complete, a reader finds the earlier one or none.
+
+    Args:
+        path: where to; an existing file is replaced.
+        content: text, in UTF-8, or bytes.
+    """
+    target = Path(path)
+    partial = target.with_name(target.name + ".partial")
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
