@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -283,53 +284,60 @@ def weigh(
     points, log_weights = [], []
     for first in range(0, num_samples, batch_size):
         count = min(batch_size, num_samples - first)
-        if context is None or len(context) == 1:
-            drawn = draw(flow, count, context)
-        else:
-            drawn = draw(flow, 1, context[first : first + count])
-        log_p = target_log_prob(target, drawn.x, drawn.context)
-        for name, log_density in (("flow", drawn.log_prob), ("target", log_p)):
+        rows = context
+        if context is not None and len(context) > 1:
+            rows, count = context[first : first + count], 1
+        x, log_q = sample_and_log_prob(flow, count, rows)
+        log_p = target_log_prob(target, x, rows)
+        for name, log_density in (("flow", log_q), ("target", log_p)):
             if bool(log_density.isnan().any()):
                 raise ValueError(f"{name}: the log-density is NaN on samples of the flow")
-        points.append(drawn.x)
-        log_weights.append((log_p.double() - drawn.log_prob.double()).cpu())
+        points.append(x)
+        log_weights.append((log_p.double() - log_q.double()).cpu())
     weights = torch.cat(log_weights)
     if not bool((weights < math.inf).all()):
         raise ValueError("target: the log-density of flow or target is infinite where they sample")
     return WeightedSamples(torch.cat(points), weights)
 
 
-class Draws(NamedTuple):
-    """Samples of a flow, with their log-density and the row of context that each has."""
-
-    x: Tensor
-    log_prob: Tensor
-    context: Tensor | None
-
-
-def draw(flow: Any, num_samples: int, context: Tensor | None = None) -> Draws:
+def sample_and_log_prob(
+    flow: Any, num_samples: int, context: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Samples with their log-density, shapes (N, ...) and (N,), from either library.
 
     nflows draws ``num_samples`` for each row of context. normflows draws one for each row: where
-    there are fewer rows than ``num_samples``, each is repeated until they are enough.
+    there are fewer rows than ``num_samples``, each is repeated until they are enough. Samples of
+    one row stand together in both; see :func:`rows_for`.
     """
-    if context is None:
-        pair = flow.sample_and_log_prob if hasattr(flow, "sample_and_log_prob") else flow.sample
-        return Draws(*pair(num_samples), None)
-    if hasattr(flow, "sample_and_log_prob"):
+    if hasattr(flow, "sample_and_log_prob"):  # nflows
         x, log_q = flow.sample_and_log_prob(num_samples, context)
-        return Draws(x.flatten(0, 1), log_q.flatten(), context.repeat_interleave(num_samples, 0))
-    rows = context.repeat_interleave(math.ceil(num_samples / len(context)), 0)
-    return Draws(*flow.sample(len(rows), rows), rows)
+        return (x, log_q) if context is None else (x.flatten(0, 1), log_q.flatten())
+    if context is None:
+        x, log_q = flow.sample(num_samples)
+    else:
+        count = len(context) * math.ceil(num_samples / len(context))
+        x, log_q = flow.sample(count, rows_for(context, count))
+    return x, log_q
+
+
+def rows_for(context: Tensor, count: int) -> Tensor:
+    """The row of context of each of so many samples, as :func:`sample_and_log_prob` orders them."""
+    return context.repeat_interleave(count // len(context), 0)
 
 
 def target_log_prob(target: Any, x: Tensor, context: Tensor | None = None) -> Tensor:
     """The unnormalised log-density of a target in nats, shape (N,), at points of shape (N, ...).
 
+    Args:
+        target: an object with ``log_prob``.
+        x: the points.
+        context: for a conditional target, as it was given to :func:`sample_and_log_prob`.
+
     Raises:
         ValueError: if the target gives anything but one number for each point.
     """
-    log_p = target.log_prob(x) if context is None else target.log_prob(x, context=context)
+    given = {} if context is None else {"context": rows_for(context, len(x))}
+    log_p = target.log_prob(x, **given)
     if not isinstance(log_p, Tensor) or log_p.shape != x.shape[:1]:
         raise ValueError(
             f"target: {type(target).__name__} returned {_described(log_p)}, expected a tensor of "
@@ -376,18 +384,25 @@ def require_density(name: str, flow: Any, *, of_given_points: bool = False) -> N
     """
     if not isinstance(flow, nn.Module):
         return
+    for place, layer in stochastic_layers(flow):
+        raise ValueError(
+            f"{name}: the Laplacian of {place or name} ({type(layer).__name__}) is a random "
+            "estimate, whose log-density would give biased weights and path gradients; build it "
+            "with laplacian='exact'"
+        )
+    for place, layer in flow.named_modules() if of_given_points else ():
+        if _samples_by_markov_chain(layer):
+            raise ValueError(
+                f"path_gradient: got True for a flow with a {type(layer).__name__} layer ({place}), "
+                "whose log_prob is not the density of given samples; leave it False"
+            )
+
+
+def stochastic_layers(flow: nn.Module) -> Iterator[tuple[str, Potential]]:
+    """The potentials in a flow whose Laplacian is a random estimate, with their places."""
     for place, layer in flow.named_modules():
         if isinstance(layer, Potential) and layer.stochastic:
-            raise ValueError(
-                f"{name}: the Laplacian of {place or name} ({type(layer).__name__}) is a random "
-                "estimate, whose log-density would give biased weights and path gradients; build "
-                "it with laplacian='exact'"
-            )
-        if of_given_points and _samples_by_markov_chain(layer):
-            raise ValueError(
-                f"{name}: {place} ({type(layer).__name__}) is a stochastic layer, whose log_prob is "
-                "not the density of given samples; leave path_gradient=False"
-            )
+            yield place, layer
 
 
 def _samples_by_markov_chain(layer: nn.Module) -> bool:

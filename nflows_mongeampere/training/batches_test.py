@@ -61,7 +61,7 @@ def test_processes_share_one_batch(monkeypatch):
 
 def test_chapters_follow_each_other():
     batches = EndlessBatches(DATA, 4, seed=3)
-    loader = endless(batches, chapter=3)
+    loader = endless(batches, interval=3)
     assert len(loader) == 3
     loader.sampler.set_epoch(5)
     for k, batch in enumerate(loader):
@@ -78,7 +78,7 @@ def test_seeds_do_not_collide():
 def test_errors_name_the_argument(size):
     with pytest.raises(ValueError, match="batch_size: got"):
         EndlessBatches(DATA, size)
-    with pytest.raises(ValueError, match="chapter: got 0"):
+    with pytest.raises(ValueError, match="interval: got 0"):
         endless(EndlessBatches(DATA, 2), 0)
 
 

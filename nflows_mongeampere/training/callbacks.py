@@ -1,4 +1,4 @@
-"""What watches over a training: its solver, its history, and the person who waits for it."""
+"""Callbacks of a training: a guard of its solver, its history, and a progress bar."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pytorch_lightning.callbacks import Callback
 from tqdm.auto import tqdm
 
 from nflows_mongeampere import validation
-from nflows_mongeampere.files import write
-from nflows_mongeampere.training.divergence import DivergenceError, mean_loss
+from nflows_mongeampere.atomic import write
+from nflows_mongeampere.training.divergence import diverged
 from nflows_mongeampere.training.objectives import Objective
 from nflows_mongeampere.transport import Transport, transports
 
@@ -23,9 +23,10 @@ from nflows_mongeampere.transport import Transport, transports
 class SolverGuard(Callback):
     r"""Takes more steps when training exploits the solver's error, and fewer when it does not.
 
-    An optimiser finds whatever error lowers the loss. After each validation the mean loss of some
-    rows is compared with the one at twice the steps. Where these differ by more than the tolerance,
-    the training goes on with half as many steps again. Where, after several validations in a row,
+    An optimiser finds whatever error lowers the loss. After each validation the loss that is
+    trained is compared, on some rows, with the one at twice the steps: the ``solver_error`` that
+    the objective logs. Where they differ by more than the tolerance, the training goes on with half
+    as many steps again. Where, after several validations in a row,
     one step fewer would still leave a third of the tolerance, by the order of the solver,
     :math:`e_{n - 1} = e_n (n / (n - 1))^p`, it goes on with one fewer, but never with fewer than at
     the start.
@@ -60,7 +61,7 @@ class SolverGuard(Callback):
         if error > self.tolerance:
             self.calm = 0
             for transport in flows:
-                transport.steps = self._more(trainer, transport.steps, error)
+                transport.steps = self._more(trainer, pl_module, transport.steps, error)
             return
         spare = all(error * _growth(transport) <= self.tolerance / 3 for transport in flows)
         self.calm = self.calm + 1 if spare else 0
@@ -69,11 +70,18 @@ class SolverGuard(Callback):
             for transport, fewest in zip(flows, self.fewest, strict=True):
                 transport.steps = max(fewest, transport.steps - 1)
 
-    def _more(self, trainer: lightning.Trainer, steps: int, error: float) -> int:
+    def _more(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        steps: int,
+        error: float,
+    ) -> int:
         more = math.ceil(1.5 * steps)
         if more > self.most:
-            raise DivergenceError(
+            raise diverged(
                 trainer,
+                pl_module,
                 f"the solver's error is {error:.2g} nats at {steps} steps, above the tolerance of "
                 f"{self.tolerance:g}, and more than {self.most} are not allowed",
             )
@@ -92,55 +100,62 @@ def _growth(transport: Transport) -> float:
     return 1.0 if steps == 1 else (steps / (steps - 1)) ** transport.integrator.order
 
 
+COLUMNS = (
+    "step",
+    "minutes",
+    "train",
+    "validation",
+    "solver_error",
+    "learning_rate",
+    "solver_steps",
+)
+
+
 class History(Callback):
-    """A table of the training, a line for each validation, in a CSV file.
+    """A table of the training, a line for each validation interval, in a CSV file.
 
     The lines are part of the checkpoints, so that an interrupted training ends with the same file
-    as any other, written whole.
+    as any other. The file is written atomically.
 
     Args:
         path: of the file.
 
     Attributes:
         rows: the lines: ``step``, ``minutes``, ``train`` (the mean loss since the last line),
-            ``validation`` and ``solver_error`` as the objective logs them, ``learning_rate``,
+            ``validation`` and ``solver_error`` where there was a validation, ``learning_rate``,
             ``solver_steps`` of the flow that takes the most.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.rows: list[dict[str, float]] = []
-        self._sum, self._count = 0.0, 0
+        self._judged: dict[str, float] = {}
 
-    def on_train_batch_end(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+    def on_validation_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        self._sum += mean_loss(trainer, outputs)
-        self._count += 1
+        names = {"validation": "val_loss", "solver_error": "solver_error"}
+        metrics = trainer.callback_metrics
+        self._judged = {key: float(metrics[m]) for key, m in names.items() if m in metrics}
 
     def on_train_epoch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
         assert isinstance(pl_module, Objective)
-        metrics = trainer.callback_metrics
         row: dict[str, float] = {
             "step": trainer.global_step,
             "minutes": round(pl_module.seconds / 60, 3),
-            "train": self._sum / max(1, self._count),
-            **{k: float(metrics[k]) for k in ("validation", "solver_error") if k in metrics},
+            "train": float(trainer.callback_metrics["train_loss"]),
+            **self._judged,
             "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
             "solver_steps": max((t.steps for t in transports(pl_module)), default=0),
         }
         self.rows.append(row)
-        self._sum, self._count = 0.0, 0
+        self._judged = {}
         if trainer.is_global_zero:
             text = StringIO()
-            table = csv.DictWriter(text, list(row), lineterminator="\n")
+            columns = [name for name in COLUMNS if any(name in row for row in self.rows)]
+            table = csv.DictWriter(text, columns, lineterminator="\n")
             table.writeheader()
             table.writerows(self.rows)
             write(self.path, text.getvalue())
@@ -185,9 +200,9 @@ class BudgetBar(Callback):
         batch_idx: int,
     ) -> None:
         assert isinstance(pl_module, Objective)
-        if "validation" in trainer.callback_metrics:
+        if "val_loss" in trainer.callback_metrics:
             self._bar.set_postfix_str(
-                f"validation {trainer.callback_metrics['validation']:.2f} nats", refresh=False
+                f"validation {trainer.callback_metrics['val_loss']:.2f} nats", refresh=False
             )
         self._bar.update(100 * pl_module.progress - self._bar.n)
 

@@ -1,4 +1,4 @@
-"""How a training that has left the numbers it could learn from is noticed, and what is said."""
+"""How a training that has diverged is noticed, and what is said."""
 
 from __future__ import annotations
 
@@ -17,27 +17,45 @@ from nflows_mongeampere.transport import transports
 class DivergenceError(RuntimeError):
     """A training has diverged; the message says where, what is kept, and what to try."""
 
-    def __init__(self, trainer: lightning.Trainer, what: str) -> None:
-        checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", "")
-        kept = f"the best checkpoint is {checkpoint}" if checkpoint else "no checkpoint was written"
-        super().__init__(
-            f"training diverged at step {trainer.global_step}: {what}; {kept}. Try a lower "
-            "learning rate, stronger gradient clipping, more solver steps, or a penalty on the "
-            "costs of transport"
-        )
+
+def diverged(
+    trainer: lightning.Trainer, module: lightning.LightningModule, what: str
+) -> DivergenceError:
+    """The error to raise, with the advice of the objective.
+
+    Args:
+        trainer: of the training, whose checkpoints are named.
+        module: what was trained.
+        what: has happened.
+    """
+    checkpoints = sorted(
+        (c for c in trainer.checkpoint_callbacks if getattr(c, "best_model_path", "")),
+        key=lambda checkpoint: getattr(checkpoint, "monitor", None) is None,
+    )
+    kept = "no checkpoint was written"
+    if checkpoints:
+        kept = f"{getattr(checkpoints[0], 'best_model_path')} is kept"  # noqa: B009
+    return DivergenceError(
+        f"training diverged at step {trainer.global_step}: {what}; {kept}. "
+        f"{getattr(module, 'advice', '')}".rstrip()
+    )
 
 
 def mean_loss(trainer: lightning.Trainer, outputs: Any) -> float:
-    """The loss of a step, the same in every process."""
-    return float(trainer.strategy.reduce(outputs["loss"].detach(), reduce_op="mean"))
+    """The loss of a batch, the same in every process.
+
+    Lightning gives its callbacks what it differentiates: the loss over the batches accumulated.
+    """
+    loss = outputs["loss"].detach() * trainer.accumulate_grad_batches
+    return float(trainer.strategy.reduce(loss, reduce_op="mean"))
 
 
 class DivergenceGuard(Callback):
-    """Stops a training whose loss is no number, or has risen far above the best so far.
+    """Stops a training whose loss is NaN or infinite, or has risen far above the best so far.
 
-    Checkpoints are written at the ends of chapters alone, which a diverged training does not reach:
-    the last one is good. When the solver's steps change, the losses before are forgotten: they were
-    those of another solver.
+    Checkpoints are written at the ends of validation intervals alone, which a diverged training
+    does not reach: the last one is good. When the solver's steps change, the losses before are
+    forgotten: they were those of another solver.
 
     Args:
         deviations: by how many median absolute deviations of the best 20 losses in a row the median
@@ -67,7 +85,9 @@ class DivergenceGuard(Callback):
             self._recent.clear()
             self._best, self._steps = math.inf, steps
         if not math.isfinite(loss):
-            raise DivergenceError(trainer, f"the loss is {loss}")
+            culprit = getattr(pl_module, "culprit", "")
+            what = f"the loss is NaN or infinite ({loss})"
+            raise diverged(trainer, pl_module, f"{what}; {culprit}" if culprit else what)
         self._recent.append(loss)
         if len(self._recent) < 20:
             return
@@ -77,9 +97,8 @@ class DivergenceGuard(Callback):
             self._spread = statistics.median(abs(loss - median) for loss in self._recent)
         allowed = max(self.deviations * self._spread, self.rise * getattr(pl_module, "entries", 1))
         if median > self._best + allowed:
-            raise DivergenceError(
-                trainer, f"the loss has risen from {self._best:.6g} to {median:.6g} nats"
-            )
+            what = f"the loss has risen from {self._best:.6g} to {median:.6g} nats"
+            raise diverged(trainer, pl_module, what)
 
     def state_dict(self) -> dict[str, Any]:
         return {

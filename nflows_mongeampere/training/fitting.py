@@ -7,28 +7,28 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as lightning
-import torch
-from lightning_fabric.plugins import TorchCheckpointIO
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.utilities import rank_zero_only
 from tqdm.auto import tqdm
 
-from nflows_mongeampere.files import write
-from nflows_mongeampere.training.batches import Chapters
+from nflows_mongeampere.training.batches import ValidationIntervals
 from nflows_mongeampere.training.callbacks import BudgetBar, History
+from nflows_mongeampere.training.checkpoints import AtomicFiles, Checkpoint, fits, read, restore
 from nflows_mongeampere.training.divergence import DivergenceGuard
 from nflows_mongeampere.training.objectives import Objective
+from nflows_mongeampere.training.scaling import ScaleCheck
+
+__all__ = ["fit", "restore"]
 
 
 def fit(
     objective: Objective,
     batches: Iterable[Any],
-    validation_batches: Iterable[Any],
+    validation_batches: Iterable[Any] | None,
     folder: str | Path,
     *,
     name: str = "training",
@@ -47,11 +47,11 @@ def fit(
 
     Args:
         objective: the loss, with its flow and its budget.
-        batches: a loader whose epochs are the pieces of work between two checkpoints; see
+        batches: a loader whose epochs are the validation intervals; see
             :func:`~nflows_mongeampere.training.endless`.
-        validation_batches: a loader, read at the end of each epoch; the lowest loss on it is the
-            best.
-        folder: for ``last.ckpt``, ``best.ckpt`` and ``metrics.csv``, written whole.
+        validation_batches: a loader, read at the end of each interval; the lowest loss on it is the
+            best. With None, or where no validation takes place, the flow keeps its last weights.
+        folder: for ``last.ckpt``, ``best.ckpt`` and ``metrics.csv``, written atomically.
         name: what stands before the progress bar.
         callbacks: further callbacks of Lightning.
         **trainer: keywords of ``lightning.Trainer``.
@@ -60,20 +60,35 @@ def fit(
         The history of the training.
 
     Raises:
-        DivergenceError: if the loss is no number or explodes; the checkpoints stay.
+        DivergenceError: if the loss is NaN, infinite or explodes; the checkpoints stay.
         ValueError: if a checkpoint in ``folder`` does not fit the objective.
+
+    Warns:
+        UserWarning: where the data of a :class:`~nflows_mongeampere.training.MaximumLikelihood`
+            reach a Monge-Ampère flow in an unlike scale.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     history = History(folder / "metrics.csv")
-    best = _Best(
-        folder,
-        filename="best",
-        monitor="validation",
-        save_last=True,
-        enable_version_counter=False,
-        save_on_train_epoch_end=True,
-    )
+    best, last = Checkpoint(folder, "best", "val_loss"), Checkpoint(folder, "last")
+    path = folder / "last.ckpt"
+    earlier = read(path) if fits(path, objective) else None
+    objective.begin()
+    if earlier is not None:
+        steps, budget = earlier["global_step"], earlier["budget"]
+        if objective.spent(steps, budget["seconds"]) >= 1:
+            _tell(
+                f"{name}: {folder} holds a finished training of {steps} steps, which is read; "
+                "a new one needs a new folder"
+            )
+            history.load_state_dict(earlier["callbacks"][history.state_key])
+            best.load_state_dict(earlier["callbacks"][best.state_key])
+            restore(objective, best.best_model_path or path)
+            return history
+        _tell(f"{name}: goes on from step {steps} in {folder}")
+        sampler = getattr(batches, "sampler", None)
+        if isinstance(sampler, ValidationIntervals):
+            sampler.resume(budget["batches"])
     settings = {
         "accelerator": "auto",
         "devices": 1,
@@ -84,118 +99,46 @@ def fit(
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
         "use_distributed_sampler": False,  # EndlessBatches deals out its own
-        "plugins": [_WholeFiles()],
+        "plugins": [AtomicFiles()],
         **trainer,
     }
-    last = folder / "last.ckpt"
-    earlier = _read(last) if _fits(last, objective) else None
-    objective.begin()
-    if earlier is not None:
-        steps, budget = earlier["global_step"], earlier["budget"]
-        if objective.spent(steps, budget["seconds"]) >= 1:
-            _tell(
-                f"{name}: {folder} holds a finished training of {steps} steps, which is read; "
-                "a new one needs a new folder"
-            )
-            history.load_state_dict(earlier["callbacks"][history.state_key])
-            restore(objective, folder / "best.ckpt")
-            return history
-        _tell(f"{name}: goes on from step {steps} in {folder}")
-        sampler = getattr(batches, "sampler", None)
-        if isinstance(sampler, Chapters):
-            sampler.resume(budget["batches"])
+    guards = [DivergenceGuard(), ScaleCheck(), _Announcement(name), BudgetBar(name)]
     with _quiet():
-        engine = lightning.Trainer(
-            callbacks=[DivergenceGuard(), BudgetBar(name), *callbacks, history, best],
-            **settings,
-        )
+        engine = lightning.Trainer(callbacks=[*guards, *callbacks, history, best, last], **settings)
         engine.fit(
-            objective,
-            batches,
-            validation_batches,
-            ckpt_path=None if earlier is None else str(last),
+            objective, batches, validation_batches, ckpt_path=None if earlier is None else str(path)
         )
-        # where time runs out within an epoch, Lightning keeps no checkpoint of its steps
-        engine.save_checkpoint(last)
-    restore(objective, folder / "best.ckpt")
+        if not any(engine.num_val_batches):
+            best.best_model_path = ""  # of an earlier part of this training, if any
+        if not settings.get("fast_dev_run"):
+            # where time runs out within an interval, Lightning keeps no checkpoint of its steps
+            engine.save_checkpoint(path)
+    if best.best_model_path:
+        restore(objective, best.best_model_path)
+    elif any(engine.num_val_batches):
+        _tell(f"{name}: no weights were validated, so that the flow keeps its last ones")
     return history
 
 
-def restore(objective: Objective, path: str | Path) -> None:
-    """Give a flow the weights and the solver steps of a checkpoint.
+class _Announcement(Callback):
+    """Says at the start that there will be no best weights."""
 
-    Raises:
-        ValueError: if there is no such checkpoint, or it is damaged or of another flow.
-    """
-    path = Path(path)
-    if not _fits(path, objective):
-        raise ValueError(f"path: there is no checkpoint {path}; train the flow first")
-    checkpoint = _read(path)
-    objective.load_state_dict(checkpoint["state_dict"])
-    objective.take_steps(checkpoint)
+    def __init__(self, name: str) -> None:
+        self.name = name
 
-
-class _Best(ModelCheckpoint):
-    """Keeps the best weights, also where their folder has been moved since."""
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        def here(path: str) -> str:
-            return str(Path(str(self.dirpath)) / Path(path).name) if path else path
-
-        moved = {key: here(state_dict[key]) for key in state_dict if key.endswith("_path")}
-        kept = {here(path): score for path, score in state_dict["best_k_models"].items()}
-        super().load_state_dict(
-            {**state_dict, **moved, "best_k_models": kept, "dirpath": self.dirpath}
-        )
-
-
-class _WholeFiles(TorchCheckpointIO):
-    """Writes checkpoints whole or not at all, on any file system."""
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    def on_train_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        content = BytesIO()
-        torch.save(checkpoint, content)
-        write(path, content.getvalue())
+        if not any(trainer.num_val_batches):
+            _tell(
+                f"{self.name}: no validation_batches, so that the flow will keep its last weights, "
+                "and no SolverGuard can look at its solver"
+            )
 
 
 @rank_zero_only
 def _tell(text: str) -> None:
     tqdm.write(text, file=sys.stderr)
-
-
-def _fits(path: Path, objective: Objective) -> bool:
-    """Whether there is a checkpoint, which has to be one of ``objective``."""
-    if not path.exists():
-        return False
-    found = {k: tuple(v.shape) for k, v in _read(path)["state_dict"].items() if _is_tensor(v)}
-    wanted = {k: tuple(v.shape) for k, v in objective.state_dict().items() if _is_tensor(v)}
-    for key in [*wanted, *found]:
-        if found.get(key) != wanted.get(key):
-            raise ValueError(
-                f"path: {path} is the checkpoint of another flow: {key} has shape "
-                f"{found.get(key)}, expected {wanted.get(key)}; use another folder"
-            )
-    return True
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, torch.Tensor)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"state_dict", "budget", "solver_steps"} - set(checkpoint)
-        if missing:
-            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-    except Exception as error:  # whatever a damaged archive makes of the reader
-        raise ValueError(
-            f"path: {path} is damaged or no checkpoint of a training ({error}); remove it to start "
-            "anew"
-        ) from error
-    return checkpoint
 
 
 @contextmanager

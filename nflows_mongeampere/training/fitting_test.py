@@ -59,7 +59,7 @@ if __name__ == "__main__":
     processes = int(sys.argv[2])
     fit(
         MaximumLikelihood(flow, learning_rate=1e-2, steps=40, seed=3),
-        endless(EndlessBatches(data, 20, 3, prepare), chapter=8),
+        endless(EndlessBatches(data, 20, 3, prepare), interval=8),
         DataLoader(data, batch_size=100),
         sys.argv[1],
         callbacks=[Slow()],
@@ -141,7 +141,7 @@ def test_two_processes_learn_what_one_does(script, uninterrupted, tmp_path):
 
 def train(objective: Objective, folder: Path, **keywords: object) -> list[dict[str, float]]:
     data = torch.randn(200, 2, generator=torch.Generator().manual_seed(1)).square()
-    batches = endless(EndlessBatches(data, 50), chapter=10)
+    batches = endless(EndlessBatches(data, 50), interval=10)
     keywords = {"accelerator": "cpu", **keywords}
     return fit(objective, batches, DataLoader(data, batch_size=100), folder, **keywords).rows  # type: ignore[arg-type]
 

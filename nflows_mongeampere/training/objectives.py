@@ -6,25 +6,33 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import pytorch_lightning as lightning
 import torch
-from normflows.flows import HamiltonianMonteCarlo, MetropolisHastings
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from nflows_mongeampere import validation
 from nflows_mongeampere.integration import IntegrationError
 from nflows_mongeampere.training.batches import mix
-from nflows_mongeampere.training.divergence import DivergenceError
+from nflows_mongeampere.training.divergence import diverged
+from nflows_mongeampere.training.layers import finite, first_not_finite
 from nflows_mongeampere.transport import refined, transport_costs, transports
-from nflows_mongeampere.variational import sample_and_log_prob, target_log_prob
+from nflows_mongeampere.variational import (
+    conditional,
+    require_density,
+    rows_for,
+    sample_and_log_prob,
+    stochastic_layers,
+    target_log_prob,
+)
 
 # rows of each validation batch on which the solver's error is measured
 WATCHED_ROWS = 20
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
+Result = TypeVar("Result")
 
 
 class Objective(lightning.LightningModule):
@@ -33,6 +41,12 @@ class Objective(lightning.LightningModule):
     The learning rate rises linearly for some steps and then falls to zero, as a cosine of the part
     of the budget that is spent. What is random in a step depends on the seed and the number of the
     step alone.
+
+    An objective implements :meth:`losses`, or :meth:`loss` where its loss is no mean over rows.
+    Lightning's loggers and callbacks get ``train_loss``, the mean over a validation interval of
+    what is minimised, penalties included; ``val_loss`` and ``test_loss``, without penalties and at
+    twice the solver's steps; and ``solver_error``, the loss at the flow's steps less the one at
+    twice as many.
 
     Args:
         flow: what is trained: a flow of nflows or a model of normflows.
@@ -52,7 +66,14 @@ class Objective(lightning.LightningModule):
         progress: the part of the budget that is spent, from 0 to 1.
         batches: how many were trained on; more than steps where gradients are accumulated.
         entries: of one event, as the last loss saw it: the scale of its noise.
+        advice: what to try where a training diverges.
+        culprit: where the last loss was NaN or infinite, the layer that made it so.
     """
+
+    advice = (
+        "Try a lower learning rate, stronger gradient clipping, more solver steps, or a penalty on "
+        "the costs of transport"
+    )
 
     def __init__(
         self,
@@ -91,7 +112,7 @@ class Objective(lightning.LightningModule):
                     "Monge-Ampère flow, whose paths it would weigh; leave it 0"
                 )
         self.seed = validation.integer("seed", seed, minimum=0)
-        self.entries = 1
+        self.entries, self.culprit = 1, ""
         self._make_optimizer = optimizer
         self.begin()
 
@@ -105,17 +126,20 @@ class Objective(lightning.LightningModule):
         """Wall-clock time of the training so far, interrupted runs included."""
         return self._seconds_before + time.monotonic() - self._start
 
+    def losses(self, batch: Any) -> Tensor:
+        """The loss of each row of a batch, in nats, shape (B,)."""
+        raise NotImplementedError(f"{type(self).__name__} implements neither losses nor loss")
+
     def loss(self, batch: Any) -> Tensor:
         """The mean loss of a batch, in nats."""
-        raise NotImplementedError
+        return self.losses(batch).mean()
 
     def training_step(self, batch: Any, index: int) -> Tensor:
-        torch.manual_seed(mix(self.seed, self.batches, self.global_rank))
+        seed = mix(self.seed, self.batches, self.global_rank)
         self.batches += 1
-        try:
-            return self._penalised_loss(batch)
-        except IntegrationError as error:
-            raise DivergenceError(self.trainer, str(error)) from error
+        loss = self._evaluated(batch, lambda: _seeded(seed, self._penalised_loss, batch))
+        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
+        return loss
 
     def _penalised_loss(self, batch: Any) -> Tensor:
         if self.kinetic == self.roughness == 0:
@@ -125,26 +149,75 @@ class Objective(lightning.LightningModule):
         kinetic, roughness = costs.kinetic.mean(), costs.roughness.mean()
         return loss + self.kinetic * kinetic + self.roughness * roughness
 
+    def _evaluated(self, batch: Any, evaluate: Callable[[], Result]) -> Result:
+        """What ``evaluate`` gives; if that is NaN or infinite, or fails, the fault is found."""
+        try:
+            result = evaluate()
+        except (IntegrationError, ValueError) as error:
+            self.culprit = first_not_finite(self.flow, evaluate) if finite(batch) else ""
+            if not self.culprit and isinstance(error, ValueError):
+                raise
+            what = "; ".join(filter(None, (self.culprit, str(error))))
+            raise diverged(self.trainer, self, what) from error
+        if not finite(result):  # the guard stops the training, in every process
+            self.culprit = "the batch has NaN or infinite entries"
+            if finite(batch):
+                self.culprit = first_not_finite(self.flow, evaluate)
+        return result
+
     @torch.no_grad()
     def validation_step(self, batch: Any, index: int) -> None:
         """Log the loss at twice the solver's steps, and by how much these change it."""
-        try:
-            with refined(self.flow):
-                loss = self._seeded_loss(batch, index)
-            self.log("validation", loss, batch_size=_rows(batch), sync_dist=True)
-            if transports(self.flow):
-                few = _first(batch, WATCHED_ROWS)
-                with refined(self.flow):
-                    fine = self._seeded_loss(few, index)
-                error = self._seeded_loss(few, index) - fine
-                self.log("solver_error", error, batch_size=_rows(few), sync_dist=True)
-        except IntegrationError as error:
-            raise DivergenceError(self.trainer, str(error)) from error
+        self._log_judgement("val_loss", batch, index)
 
-    def _seeded_loss(self, batch: Any, index: int) -> Tensor:
-        """The loss of a validation batch, with the same random numbers each time."""
-        torch.manual_seed(mix(self.seed, -1 - index))
-        return self.loss(batch)
+    @torch.no_grad()
+    def test_step(self, batch: Any, index: int) -> None:
+        """Log the loss and the solver's error, as in a validation."""
+        self._log_judgement("test_loss", batch, index)
+
+    def _log_judgement(self, name: str, batch: Any, index: int) -> None:
+        seed = mix(self.seed, -1 - index)  # the same each time
+        losses, errors = self._evaluated(batch, lambda: self.judge(batch, seed))
+        self.log(name, losses.mean(), batch_size=_rows(batch), sync_dist=True)
+        if errors is not None:
+            self.log("solver_error", errors.mean(), batch_size=len(errors), sync_dist=True)
+
+    def judge(self, batch: Any, seed: int) -> tuple[Tensor, Tensor | None]:
+        """The losses of a batch at twice the solver's steps, and the solver's errors of some.
+
+        One solve at twice the steps, and one of the :meth:`watched` rows at the flow's.
+
+        Args:
+            batch: of a validation.
+            seed: of everything that is random, the same in both solves.
+
+        Returns:
+            Losses, shape (B,), and those at the flow's steps less those at twice, shape (W,), or
+            None for a flow without a solver.
+        """
+        with refined(self.flow):
+            fine = _seeded(seed, self._row_losses, batch)
+        if not transports(self.flow):
+            return fine, None
+        coarse = _seeded(seed, self._row_losses, self.watched(batch))
+        return fine, coarse - fine[: len(coarse)]
+
+    def watched(self, batch: Any) -> Any:
+        """The part of a validation batch whose loss is evaluated at the flow's steps as well.
+
+        Its first rows, or all of it where fewer would draw other noise.
+        """
+        if self._gives_mean or any(stochastic_layers(self.flow)):
+            return batch
+        return _first(batch, WATCHED_ROWS)
+
+    def _row_losses(self, batch: Any) -> Tensor:
+        """The loss of each row, or their mean for all of them, where there is no more."""
+        return self.loss(batch)[None] if self._gives_mean else self.losses(batch)
+
+    @property
+    def _gives_mean(self) -> bool:
+        return type(self).loss is not Objective.loss
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimiser, and the schedule that the budget sets."""
@@ -207,7 +280,7 @@ class MaximumLikelihood(Objective):
     r"""Fits a density to data: minimises :math:`-\langle \ln p(x; c) \rangle` over batches.
 
     A batch is a tensor, shape (B, ...), or a pair of tensors, data and context. The keywords are
-    those of :class:`Objective`.
+    those of :class:`Objective`. Lightning's ``trainer.predict`` gives the log-density of each row.
 
     Example:
         >>> from nflows_mongeampere import MongeAmpereFlow
@@ -216,12 +289,21 @@ class MaximumLikelihood(Objective):
         torch.Size([])
     """
 
-    def loss(self, batch: Any) -> Tensor:
-        rows = batch if isinstance(batch, (list, tuple)) else [batch]
+    advice = (
+        "Look at the data first: standardise the columns, and take the logarithm of heavy tails or "
+        f"cut outliers off. {Objective.advice}"
+    )
+
+    def losses(self, batch: Any) -> Tensor:
+        losses = -self.predict_step(batch, 0)
+        self.entries = _part(batch, 0)[0].numel()
+        return losses
+
+    def predict_step(self, batch: Any, index: int) -> Tensor:
+        """The log-density of each row, shape (B,)."""
         flow: Any = self.flow
-        loss: Tensor = -flow.log_prob(*rows).mean()
-        self.entries = rows[0][0].numel()
-        return loss
+        log_prob: Tensor = flow.log_prob(*(batch if isinstance(batch, (list, tuple)) else [batch]))
+        return log_prob
 
 
 class ReverseKL(Objective):
@@ -231,20 +313,35 @@ class ReverseKL(Objective):
               \qquad Z = \int \pi(x) dx.
 
     A model of normflows that has a target ``p`` brings :math:`\pi` along; a flow of nflows is given
-    one. Batches are ignored: they only count the steps. The keywords are those of
-    :class:`Objective`.
+    one. Where flow and target are conditional, the target by a parameter ``context`` of its
+    ``log_prob``, a batch is a batch of contexts (the last tensor, if it has several), over which F
+    is averaged; else batches only count the steps. The keywords are those of :class:`Objective`.
+
+    The ``solver_error`` is that of what the training descends. Without path gradients this is F
+    with :math:`\ln q` from sampling: it is compared at the flow's steps and at twice as many, with
+    the same noise. With path gradients it is :math:`\ln q` by the inverse: that of some samples at
+    the flow's steps is compared with the one from their sampling at twice as many. Either takes
+    one solve at the flow's steps and one at twice.
+
+    Lightning's ``trainer.predict`` gives, for each batch, samples with their log-density.
 
     Args:
         flow: a flow of nflows or a model of normflows.
         target: a module or function with ``log_prob``, as normflows' targets have it.
-        num_samples: rows drawn from the flow in each step, in each process.
+        num_samples: rows drawn from the flow in each step, in each process. With contexts nflows
+            draws so many for each; normflows draws one for each context, repeated until they are
+            ``num_samples``.
         path_gradient: whether the gradient leaves out the score, :math:`\partial_\theta \ln q(x)`
             at fixed :math:`x`, whose mean is zero. What is left, the gradient along the path of
             the samples, has no noise where :math:`q` is the target, and does not see whether the
             solver keeps :math:`q` normalised; it takes the inverse of the flow as well, about
             twice the time. The flow's ``log_prob`` has to be the density of its samples, which
-            stochastic layers break. Roeder, Wu and Duvenaud, `arXiv:1703.09194
-            <https://arxiv.org/abs/1703.09194>`_.
+            stochastic layers and random Laplacians break. Roeder, Wu and Duvenaud,
+            `arXiv:1703.09194 <https://arxiv.org/abs/1703.09194>`_.
+
+    Raises:
+        TypeError: if there is no target.
+        ValueError: if the target would be trained, or the flow has no path gradient.
     """
 
     def __init__(
@@ -272,22 +369,46 @@ class ReverseKL(Objective):
         self.target = target
         self.num_samples = validation.integer("num_samples", num_samples)
         self.path_gradient = validation.boolean("path_gradient", path_gradient)
-        for layer in flow.modules() if self.path_gradient else ():
-            if isinstance(layer, (MetropolisHastings, HamiltonianMonteCarlo)):
-                raise ValueError(
-                    f"path_gradient: got True for a flow with a {type(layer).__name__} layer, "
-                    "whose log_prob is not the density of given samples; leave it False"
-                )
+        if self.path_gradient:
+            require_density("flow", flow, of_given_points=True)
+        self._conditional = conditional(flow, target)
 
-    def loss(self, batch: Any) -> Tensor:
-        x, log_q = sample_and_log_prob(self.flow, self.num_samples)
-        if self.path_gradient and bool(x.isfinite().all()):
-            flow: Any = self.flow
-            with _held(flow):
-                log_q = flow.log_prob(x)
-        loss: Tensor = (log_q - target_log_prob(self.target, x)).mean()
+    def losses(self, batch: Any) -> Tensor:
+        x, log_q = self._draw(batch)
+        if self.path_gradient and torch.is_grad_enabled() and finite(x):
+            with _held(self.flow):
+                log_q = self._log_prob(x, batch)
         self.entries = x[0].numel()
-        return loss
+        return log_q - target_log_prob(self.target, x, self._context(batch))
+
+    def judge(self, batch: Any, seed: int) -> tuple[Tensor, Tensor | None]:
+        if not self.path_gradient or not transports(self.flow):
+            return super().judge(batch, seed)
+        with refined(self.flow):
+            x, log_q = _seeded(seed, self._draw, batch)
+        losses = log_q - target_log_prob(self.target, x, self._context(batch))
+        few = slice(None, None, math.ceil(len(x) / WATCHED_ROWS))
+        return losses, self._log_prob(x, batch, few) - log_q[few]
+
+    def watched(self, batch: Any) -> Any:
+        return batch
+
+    def predict_step(self, batch: Any, index: int) -> tuple[Tensor, Tensor]:
+        """Samples, shape (N, ...), and their log-density, shape (N,); for each context its own."""
+        return _seeded(mix(self.seed, index, self.global_rank, 1), self._draw, batch)
+
+    def _context(self, batch: Any) -> Tensor | None:
+        return _part(batch, -1) if self._conditional else None
+
+    def _draw(self, batch: Any) -> tuple[Tensor, Tensor]:
+        return sample_and_log_prob(self.flow, self.num_samples, self._context(batch))
+
+    def _log_prob(self, x: Tensor, batch: Any, few: slice = slice(None)) -> Tensor:
+        """The log-density of samples that were drawn for a batch, or of a few of them."""
+        flow, context = self.flow, self._context(batch)
+        given = [] if context is None else [rows_for(context, len(x))[few]]
+        log_q: Tensor = flow.log_prob(x[few], *given)  # type: ignore[operator]
+        return log_q
 
 
 @contextmanager
@@ -308,8 +429,17 @@ def _held(flow: nn.Module) -> Iterator[None]:
             transport._costs = costs
 
 
+def _seeded(seed: int, evaluate: Callable[[Any], Result], batch: Any) -> Result:
+    torch.manual_seed(seed)
+    return evaluate(batch)
+
+
+def _part(batch: Any, number: int) -> Any:
+    return batch[number] if isinstance(batch, (list, tuple)) else batch
+
+
 def _rows(batch: Any) -> int:
-    return len(batch[0] if isinstance(batch, (list, tuple)) else batch)
+    return len(_part(batch, 0))
 
 
 def _first(batch: Any, rows: int) -> Any:
