@@ -91,7 +91,7 @@ def train_conditional(images: Images, labels: Labels, seconds: float, seed: int)
     with tempfile.TemporaryDirectory() as folder:
         fit(
             MaximumLikelihood(flow, optimizer=optimizer, minutes=seconds / 60, seed=seed),
-            endless(EndlessBatches(train, 100, seed, dequantised), chapter=120),
+            endless(EndlessBatches(train, 100, seed, dequantised), interval=120),
             DataLoader(TensorDataset(*watched), batch_size=len(watched[0])),
             folder,
             name="conditional",

@@ -127,7 +127,7 @@ def train(entry: Entry, digits: Images, seconds: float, seed: int) -> Flow:
     with tempfile.TemporaryDirectory() as folder:
         fit(
             MaximumLikelihood(flow, optimizer=optimizer, minutes=seconds / 60, seed=seed),
-            endless(EndlessBatches(digits.train, 100, seed, pixels), chapter=120),
+            endless(EndlessBatches(digits.train, 100, seed, pixels), interval=120),
             DataLoader(TensorDataset(watched), batch_size=len(watched)),
             folder,
             name=f"{entry.name:>14}",

@@ -76,7 +76,7 @@ class Settings:
         steps: of each solve, at least.
         samples: fields in each step of the training.
         learning_rate: the highest, for L up to 16; larger lattices learn more slowly, as 1 / L.
-        chapter: training steps between two validations.
+        interval: training steps between two validations.
     """
 
     pieces: int = 12
@@ -84,7 +84,7 @@ class Settings:
     steps: int = 2
     samples: int = 64
     learning_rate: float = 1e-2
-    chapter: int = 50
+    interval: int = 50
 
 
 SETTINGS = Settings()
@@ -454,7 +454,7 @@ def run(config: dict[str, Any], out: Path, overwrite: bool, settings: Settings) 
     ticks = torch.zeros(settings.samples, 1)  # the flow draws its batches itself
     history = fit(
         objective,
-        endless(EndlessBatches(ticks, len(ticks)), settings.chapter),
+        endless(EndlessBatches(ticks, len(ticks)), settings.interval),
         DataLoader(TensorDataset(ticks[:4]), batch_size=1),
         out,
         name=f"L = {target.length}",

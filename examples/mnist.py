@@ -90,7 +90,7 @@ class Preset:
         build: makes the transforms, from logits to noise, from the training images.
         learning_rate: the highest, of Adam.
         batch_size: images.
-        chapter: steps between two validations.
+        interval: steps between two validations.
         weight_decay: as Adam has it.
         anneal: whether the learning rate falls to zero with the budget.
         clip: largest norm of the gradient.
@@ -101,7 +101,7 @@ class Preset:
     build: Callable[[Tensor], list[Transform]]
     learning_rate: float
     batch_size: int = 100
-    chapter: int = 100
+    interval: int = 100
     weight_decay: float = 0.0
     anneal: bool = True
     clip: float | None = 200.0
@@ -167,17 +167,17 @@ def spline() -> Transform:
 
 PRESETS = {
     "paper": Preset(
-        paper, 1e-3, chapter=500, weight_decay=1e-3, anneal=False, clip=None, solver_tolerance=5.0
+        paper, 1e-3, interval=500, weight_decay=1e-3, anneal=False, clip=None, solver_tolerance=5.0
     ),
     "fast": Preset(
         partial(behind_whitening, fast),
         6e-3,
         batch_size=200,
-        chapter=200,
+        interval=200,
         solver_tolerance=1.5,
         linear_rate=0.02,
     ),
-    "stacked": Preset(stacked, 2e-2, chapter=200, linear_rate=0.02, solver_tolerance=2.0),
+    "stacked": Preset(stacked, 2e-2, interval=200, linear_rate=0.02, solver_tolerance=2.0),
     "realnvp": Preset(partial(behind_whitening, realnvp), 5e-4, linear_rate=0.1),
     "maf": Preset(partial(behind_whitening, maf), 5e-4, linear_rate=0.1),
     "spline": Preset(partial(behind_whitening, spline), 5e-4, linear_rate=0.1),
@@ -366,7 +366,7 @@ def run(config: dict[str, Any], out: Path, data_dir: Path | None, overwrite: boo
     )
     history = fit(
         objective,
-        endless(EndlessBatches(images.train, preset.batch_size, seed, logits), preset.chapter),
+        endless(EndlessBatches(images.train, preset.batch_size, seed, logits), preset.interval),
         DataLoader(TensorDataset(watched), batch_size=100),
         out,
         name=config["preset"],

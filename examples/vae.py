@@ -165,7 +165,7 @@ def train(name: str, images: Tensor, watched: Tensor, seconds: float, seed: int)
     with tempfile.TemporaryDirectory() as folder:
         fit(
             NegativeELBO(vae, optimizer=optimizer, minutes=seconds / 60, seed=seed),
-            endless(EndlessBatches(images, 100, seed), chapter=100),
+            endless(EndlessBatches(images, 100, seed), interval=100),
             DataLoader(watched.repeat(5, 1), batch_size=5 * len(watched)),  # type: ignore[arg-type]
             folder,
             name=f"{name:>25}, seed {seed}",

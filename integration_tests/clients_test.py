@@ -65,7 +65,7 @@ def test_the_flow_learns_that_the_class_matters(labelled_digits, tmp_path):
     batches = EndlessBatches(rows, 100, 0, conditional_digits.dequantised)
     fit(
         MaximumLikelihood(flow, learning_rate=1e-2, steps=100, warmup_steps=10),
-        endless(batches, chapter=100),
+        endless(batches, interval=100),
         DataLoader(TensorDataset(*watched), batch_size=len(watched[0])),
         tmp_path,
     )
@@ -156,7 +156,7 @@ def test_the_bounds_of_the_evidence_are_in_order(name, black_and_white, tmp_path
     before = vae.score(name, model, test, seed=0)
     fit(
         vae.NegativeELBO(model, learning_rate=5e-3, steps=100),
-        endless(EndlessBatches(train, 100), chapter=100),
+        endless(EndlessBatches(train, 100), interval=100),
         DataLoader(watched, batch_size=len(watched)),
         tmp_path,
     )

@@ -59,7 +59,7 @@ def test_processes_share_one_batch(monkeypatch):
         EndlessBatches(DATA, 5)[0]
 
 
-def test_chapters_follow_each_other():
+def test_intervals_follow_each_other():
     batches = EndlessBatches(DATA, 4, seed=3)
     loader = endless(batches, interval=3)
     assert len(loader) == 3

@@ -111,7 +111,7 @@ def test_a_killed_training_ends_like_any_other(script, uninterrupted, tmp_path):
         while not (folder / "last.ckpt").exists():
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        time.sleep(0.3)  # amid the second chapter
+        time.sleep(0.3)  # within the second interval
         process.send_signal(signal.SIGKILL)
     assert len(table(folder)) < 5
     subprocess.run(command(script, folder), check=True, capture_output=True)
@@ -192,7 +192,7 @@ def test_minutes_end_a_training(tmp_path):
 
 
 class Spoil(Callback):
-    """Undoes what was learnt, from the fourth chapter on."""
+    """Undoes what was learnt, from the fourth interval on."""
 
     def on_train_epoch_start(self, trainer, pl_module):
         if trainer.current_epoch == 3:
@@ -309,7 +309,7 @@ class Seen(MaximumLikelihood):
         return super().loss(batch)
 
 
-def test_a_longer_budget_goes_on_amid_a_chapter(tmp_path, capsys):
+def test_a_longer_budget_goes_on_within_an_interval(tmp_path, capsys):
     """Three batches of ten were left: they come next."""
     halves = [Seen(MongeAmpereFlow(2, 4), steps=steps) for steps in (17, 34)]
     for half in halves:
@@ -369,7 +369,7 @@ def test_a_checkpoint_is_written_whole(tmp_path, monkeypatch):
 
 
 def test_the_last_checkpoint_is_of_the_last_step(tmp_path):
-    """Also where time runs out within a chapter."""
+    """Also where time runs out within an interval."""
     objective = MaximumLikelihood(MongeAmpereFlow(2, 4, steps=1), minutes=0.02)
     rows = train(objective, tmp_path)
     last = torch.load(tmp_path / "last.ckpt", weights_only=True)
