@@ -393,7 +393,7 @@ def require_density(name: str, flow: Any, *, of_given_points: bool = False) -> N
     for place, layer in flow.named_modules() if of_given_points else ():
         if _samples_by_markov_chain(layer):
             raise ValueError(
-                f"path_gradient: got True for a flow with a {type(layer).__name__} layer ({place}), "
+                f"path_gradient: got True for a flow with a {type(layer).__name__} layer, {place}, "
                 "whose log_prob is not the density of given samples; leave it False"
             )
 

@@ -5,8 +5,20 @@ import pytest
 import torch
 from nflows.distributions import StandardNormal
 from nflows.flows import Flow
-from nflows.transforms import IdentityTransform
+from nflows.transforms import CompositeTransform, IdentityTransform
+from torch import nn
 
+from nflows_mongeampere import (
+    AutogradPotential,
+    MongeAmpereFlow,
+    MongeAmpereTransform,
+    RidgePotential,
+    SymmetrizedPotential,
+)
+from nflows_mongeampere.accuracy import AccuracyWarning
+from nflows_mongeampere.groups import sign_flip
+from nflows_mongeampere.normflows import MongeAmpere
+from nflows_mongeampere.targets import Ising
 from nflows_mongeampere.variational import Chain, WeightedSamples, weigh
 
 SHIFT = 0.5
@@ -93,14 +105,104 @@ def test_autocorrelation_time_of_an_autoregressive_process():
     )
 
 
-def test_a_chain_that_never_moves_has_no_error_bar():
-    weights = torch.zeros(50, dtype=torch.float64)
-    weights[0] = 1e6
+@pytest.mark.parametrize("chains", [1, 5])
+def test_chains_that_never_move_have_no_error_bar(chains):
+    weights = -1e6 * torch.arange(50, dtype=torch.float64)
     drawn = WeightedSamples(torch.randn(50, 1), weights)
-    chain = drawn.chain()
+    chain = drawn.chain(chains)
     assert chain.acceptance == 0
-    assert chain.autocorrelation_time(drawn.x[:, 0]) == 50
+    assert chain.autocorrelation_time(drawn.x[:, 0]) == pytest.approx(50 // chains)
     assert chain.mean(drawn.x[:, 0]).error == math.inf
+
+
+class FarAway:
+    """Uniform where x > edge."""
+
+    def __init__(self, edge):
+        self.edge = edge
+
+    def log_prob(self, x):
+        return torch.where((x > self.edge).all(1), 0.0, -math.inf)
+
+
+def test_no_sample_in_the_support():
+    drawn = weigh(MongeAmpereFlow(2, 4), FarAway(50), 100)
+    assert drawn.effective_sample_size == 0
+    assert drawn.free_energy == drawn.corrected_free_energy == (math.inf, math.inf)
+    chain = drawn.chain(2)
+    assert chain.acceptance == 0
+    assert chain.mean(drawn.x[:, 0]).error == math.inf
+    with pytest.raises(ValueError, match="none of the 100 samples lies in the target's support"):
+        drawn.mean(drawn.x[:, 0])
+
+
+def test_some_samples_in_the_support():
+    """Observables may be anything outside of it."""
+    torch.manual_seed(0)
+    drawn = weigh(MongeAmpereFlow(2, 4), FarAway(-1.0), 20_000)
+    assert drawn.free_energy == (math.inf, math.inf)
+    inside = torch.where((drawn.x > -1).all(1), drawn.x[:, 0], math.nan)
+    with pytest.warns(AccuracyWarning):  # 1 / q grows without bounds
+        mean = drawn.mean(inside)
+    assert math.isfinite(mean.value)
+    assert math.isfinite(mean.error)
+
+
+def test_one_sample_has_no_error_bar():
+    drawn = weigh(MongeAmpereFlow(2, 4), Shifted(), 1)
+    assert drawn.free_energy.error == math.inf
+    assert drawn.effective_sample_size == 1
+    assert drawn.corrected_free_energy.error == math.inf
+    assert drawn.mean(drawn.x[:, 0]).error == math.inf
+
+
+def lognormal(deviation, count, seed):
+    """Weights whose mean is 1, so that -ln Z = 0."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(count, generator=generator, dtype=torch.float64)
+    return WeightedSamples(noise[:, None], deviation * noise - deviation**2 / 2)
+
+
+@pytest.mark.filterwarnings("ignore::nflows_mongeampere.AccuracyWarning")
+def test_error_bars_hold_where_the_tail_is_light():
+    """And only there: -ln Z is 0, and three error bars should reach it."""
+    reached = {}
+    for deviation in (0.7, 4.0):
+        samples = [lognormal(deviation, 1000, seed) for seed in range(100)]
+        assert all((drawn.pareto_k < 2 / 3) == (deviation < 1) for drawn in samples)
+        estimates = [drawn.corrected_free_energy for drawn in samples]
+        reached[deviation] = sum(abs(e.value) < 3 * e.error for e in estimates)
+    assert reached[0.7] >= 97
+    assert reached[4.0] < 75
+
+
+def test_an_error_bar_that_a_few_weights_make_is_warned_of():
+    light, heavy = lognormal(0.7, 1000, 0), lognormal(4.0, 1000, 0)
+    values = torch.zeros(1000)
+    with pytest.warns(AccuracyWarning, match=r"Pareto k = 1.*at most 0.67 for 1000 samples"):
+        _ = heavy.corrected_free_energy
+    with pytest.warns(AccuracyWarning, match="error bar cannot be trusted"):
+        heavy.mean(values)
+    # warnings of the package are errors in tests
+    _ = light.corrected_free_energy, light.mean(values), heavy.free_energy
+
+
+def test_plain_ridges_on_a_large_lattice_are_warned_of():
+    """Trained for a moment at L = 8, a few of 2,000 samples count."""
+    torch.manual_seed(0)
+    target = Ising(length=8)
+    flow = MongeAmpereFlow(target.sites, 8, activation="logcosh", steps=2)
+    optimizer = torch.optim.Adam(flow.parameters(), lr=2e-2)
+    for _ in range(100):
+        x, log_q = flow.sample_and_log_prob(64)
+        optimizer.zero_grad()
+        (log_q - target.log_prob(x)).mean().backward()
+        optimizer.step()
+    drawn = weigh(flow, target, 2000)
+    assert drawn.effective_sample_size < 0.02
+    with pytest.warns(AccuracyWarning):
+        corrected = drawn.corrected_free_energy
+    assert corrected.value - target.sites * target.free_energy > 8 * corrected.error
 
 
 def test_models_of_normflows():
@@ -151,3 +253,83 @@ def test_an_observable_of_a_chain_has_a_value_for_each_sample(method, shape):
     chain = Chain(torch.arange(40)[:, None])
     with pytest.raises(ValueError, match=r"values: got .*N >= 40"):
         getattr(chain, method)(torch.randn(shape))
+
+
+class Bumps(nn.Module):
+    def forward(self, x):
+        return 2 * torch.tanh(x[:, 0]) * torch.tanh(x[:, 1])
+
+
+def stochastic_flows():
+    potential = AutogradPotential(Bumps(), laplacian="hutchinson")
+    transform = MongeAmpereTransform(potential)
+    base = StandardNormal([2])
+    symmetrized = MongeAmpereTransform(SymmetrizedPotential(potential, sign_flip(2)))
+    normal = normflows.distributions.DiagGaussian(2)
+    return {
+        "alone": Flow(transform, base),
+        "symmetrized": Flow(symmetrized, base),
+        "composite": Flow(CompositeTransform([IdentityTransform(), transform]), base),
+        "normflows": normflows.NormalizingFlow(normal, [MongeAmpere(potential)]),
+    }
+
+
+@pytest.mark.parametrize("name", ["alone", "symmetrized", "composite", "normflows"])
+def test_a_random_laplacian_gives_no_weights(name):
+    """The exponential of an unbiased estimate is biased."""
+    flow = stochastic_flows()[name]
+    message = r"flow: the Laplacian of .*potential \(.*\) is a random .* laplacian='exact'"
+    with pytest.raises(ValueError, match=message):
+        weigh(flow, Shifted(), 10)
+    with pytest.raises(ValueError, match="target: the Laplacian of"):
+        weigh(Flow(IdentityTransform(), StandardNormal([2])), flow, 10)
+    for potential in (m for m in flow.modules() if isinstance(m, AutogradPotential)):
+        potential.laplacian_method = "exact"
+    assert len(weigh(flow, Shifted(), 10)) == 10
+
+
+class Moved:
+    """A normal density around the context, times the exponential of its first entry."""
+
+    def log_prob(self, x, context):
+        return context[:, 0] - 0.5 * (x - context).square().sum(1) - math.log(2 * math.pi)
+
+
+def conditional_flow(library):
+    """x = z + 0.9 c, a little away from the target."""
+    potential = RidgePotential(2, 2, context_features=2)
+    with torch.no_grad():  # u(x) = x·c up to a constant, for ridges that are nearly linear
+        potential.weight.copy_(torch.eye(2) * 1e-3)
+        potential.context_weight.copy_(torch.eye(2))
+        potential.bias.zero_()
+        potential.amplitude.fill_(300.0)
+    if library == "nflows":
+        return Flow(MongeAmpereTransform(potential), StandardNormal([2]))
+    base = normflows.distributions.DiagGaussian(2, trainable=False)
+    return normflows.ConditionalNormalizingFlow(base, [MongeAmpere(potential)])
+
+
+@pytest.mark.parametrize("library", ["nflows", "normflows"])
+def test_weights_under_one_context(library):
+    torch.manual_seed(0)
+    context = torch.tensor([[0.8, -0.4]])
+    drawn = weigh(conditional_flow(library), Moved(), 3000, batch_size=700, context=context)
+    assert drawn.x.shape == (3000, 2)
+    corrected = drawn.corrected_free_energy
+    assert corrected.value == pytest.approx(-0.8, abs=4 * corrected.error)
+    for entry in range(2):
+        mean = drawn.mean(drawn.x[:, entry])
+        assert mean.value == pytest.approx(context[0, entry].item(), abs=4 * mean.error)
+        assert mean.error < 0.05
+
+
+@pytest.mark.parametrize("library", ["nflows", "normflows"])
+def test_weights_under_a_context_for_each_sample(library):
+    torch.manual_seed(0)
+    flow, context = conditional_flow(library), torch.randn(50, 2)
+    drawn = weigh(flow, Moved(), 50, batch_size=15, context=context)
+    log_q = flow.log_prob(drawn.x, context)
+    expected = Moved().log_prob(drawn.x, context) - log_q
+    torch.testing.assert_close(drawn.log_weights, expected.double(), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="context: got 3 rows for 50 samples"):
+        weigh(flow, Moved(), 50, context=context[:3])

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 from torch import Tensor
@@ -57,6 +59,29 @@ def test_processes_share_one_batch(monkeypatch):
     assert torch.equal(torch.stack(parts, dim=1).flatten(0, 1), whole)
     with pytest.raises(ValueError, match="batch_size: got 5, expected a multiple of the 2"):
         EndlessBatches(DATA, 5)[0]
+
+
+def test_batches_go_to_spawned_workers():
+    batches = EndlessBatches((DATA, 2 * DATA), 4, seed=3)
+    loader = endless(batches, 4, num_workers=1, multiprocessing_context="spawn")
+    for k, (rows, doubled) in enumerate(loader):
+        assert torch.equal(rows, batches[k][0])
+        assert torch.equal(doubled, batches[k][1])
+
+
+def test_a_worker_has_the_part_of_its_process(monkeypatch):
+    """torch.distributed runs in the process that spawned it, and not in the worker."""
+    batches = EndlessBatches(DATA, 6, seed=3, prepare=noisy)
+    whole = batches[4]
+    with monkeypatch.context() as process:
+        process.setattr("torch.distributed.is_initialized", lambda: True)
+        process.setattr("torch.distributed.get_rank", lambda: 1)
+        process.setattr("torch.distributed.get_world_size", lambda: 2)
+        sent = pickle.dumps(batches)
+    assert torch.equal(pickle.loads(sent)[4], whole)  # loaded where there is one process
+    module = "nflows_mongeampere.training.batches"
+    monkeypatch.setattr(f"{module}.get_worker_info", lambda: "a worker")
+    assert torch.equal(pickle.loads(sent)[4], whole[1::2])
 
 
 def test_intervals_follow_each_other():

@@ -11,6 +11,7 @@ import pytorch_lightning as lightning
 from pytorch_lightning.callbacks import Callback
 
 from nflows_mongeampere import validation
+from nflows_mongeampere.training.layers import finite
 from nflows_mongeampere.transport import transports
 
 
@@ -18,15 +19,22 @@ class DivergenceError(RuntimeError):
     """A training has diverged; the message says where, what is kept, and what to try."""
 
 
+ADVICE = (
+    "try a lower learning rate, stronger gradient clipping, more solver steps, or a penalty on the "
+    "costs of transport"
+)
+
+
 def diverged(
-    trainer: lightning.Trainer, module: lightning.LightningModule, what: str
+    trainer: lightning.Trainer, module: lightning.LightningModule, what: str, culprit: str = ""
 ) -> DivergenceError:
-    """The error to raise, with the advice of the objective.
+    """The error to raise.
 
     Args:
         trainer: of the training, whose checkpoints are named.
-        module: what was trained.
+        module: what was trained; its ``first_advice`` comes before ours.
         what: has happened.
+        culprit: the layer that made NaN or infinite numbers, if one was found.
     """
     checkpoints = sorted(
         (c for c in trainer.checkpoint_callbacks if getattr(c, "best_model_path", "")),
@@ -35,9 +43,13 @@ def diverged(
     kept = "no checkpoint was written"
     if checkpoints:
         kept = f"{getattr(checkpoints[0], 'best_model_path')} is kept"  # noqa: B009
+    first = getattr(module, "first_advice", "")
+    if culprit:
+        what = f"{what}; the first layer that gives NaN or infinite values is {culprit}"
+        first = "Look at what that layer is given: a single row or a constant column has no scale"
+    advice = f"{first}; then {ADVICE}" if first else ADVICE.capitalize()
     return DivergenceError(
-        f"training diverged at step {trainer.global_step}: {what}; {kept}. "
-        f"{getattr(module, 'advice', '')}".rstrip()
+        f"training diverged at step {trainer.global_step}: {what}; {kept}. {advice}"
     )
 
 
@@ -85,9 +97,10 @@ class DivergenceGuard(Callback):
             self._recent.clear()
             self._best, self._steps = math.inf, steps
         if not math.isfinite(loss):
-            culprit = getattr(pl_module, "culprit", "")
             what = f"the loss is NaN or infinite ({loss})"
-            raise diverged(trainer, pl_module, f"{what}; {culprit}" if culprit else what)
+            if not finite(batch):
+                what += ", as the batch has such entries"
+            raise diverged(trainer, pl_module, what, getattr(pl_module, "culprit", ""))
         self._recent.append(loss)
         if len(self._recent) < 20:
             return

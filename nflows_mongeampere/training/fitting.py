@@ -53,7 +53,8 @@ def fit(
             best. With None, or where no validation takes place, the flow keeps its last weights.
         folder: for ``last.ckpt``, ``best.ckpt`` and ``metrics.csv``, written atomically.
         name: what stands before the progress bar.
-        callbacks: further callbacks of Lightning.
+        callbacks: further callbacks of Lightning; a ``DivergenceGuard`` or ``BudgetBar`` of your
+            own takes the place of ours.
         **trainer: keywords of ``lightning.Trainer``.
 
     Returns:
@@ -102,38 +103,39 @@ def fit(
         "plugins": [AtomicFiles()],
         **trainer,
     }
-    guards = [DivergenceGuard(), ScaleCheck(), _Announcement(name), BudgetBar(name)]
+    validates = _has_batches(validation_batches, settings.get("limit_val_batches"))
+    if not validates:
+        _tell(
+            f"{name}: no validation_batches, so that the flow will keep its last weights, and no "
+            "SolverGuard can look at its solver"
+        )
+    callbacks = list(callbacks)
+    given = {type(callback) for callback in callbacks}
+    guards = [DivergenceGuard(), ScaleCheck(), BudgetBar(name)]
+    callbacks = [*(guard for guard in guards if type(guard) not in given), *callbacks]
     with _quiet():
-        engine = lightning.Trainer(callbacks=[*guards, *callbacks, history, best, last], **settings)
+        engine = lightning.Trainer(callbacks=[*callbacks, history, best, last], **settings)
         engine.fit(
             objective, batches, validation_batches, ckpt_path=None if earlier is None else str(path)
         )
-        if not any(engine.num_val_batches):
+        if not validates:
             best.best_model_path = ""  # of an earlier part of this training, if any
         if not settings.get("fast_dev_run"):
             # where time runs out within an interval, Lightning keeps no checkpoint of its steps
             engine.save_checkpoint(path)
     if best.best_model_path:
         restore(objective, best.best_model_path)
-    elif any(engine.num_val_batches):
+    elif validates:
         _tell(f"{name}: no weights were validated, so that the flow keeps its last ones")
     return history
 
 
-class _Announcement(Callback):
-    """Says at the start that there will be no best weights."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def on_train_start(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
-    ) -> None:
-        if not any(trainer.num_val_batches):
-            _tell(
-                f"{self.name}: no validation_batches, so that the flow will keep its last weights, "
-                "and no SolverGuard can look at its solver"
-            )
+def _has_batches(loader: Any, limit: Any) -> bool:
+    """Whether Lightning will find anything to validate on."""
+    try:
+        return loader is not None and limit != 0 and len(loader) > 0
+    except TypeError:  # of unknown length
+        return True
 
 
 @rank_zero_only

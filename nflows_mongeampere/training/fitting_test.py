@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import math
+import pickle
 import signal
 import subprocess
 import sys
@@ -16,11 +17,21 @@ import normflows
 import pytest
 import pytorch_lightning as lightning
 import torch
-from pytorch_lightning.callbacks import Callback
+from nflows.distributions import StandardNormal
+from nflows.flows import Flow
+from nflows.transforms import ActNorm, CompositeTransform
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
-from nflows_mongeampere import IntegrationError, MongeAmpereFlow, RidgePotential, refined
+from nflows_mongeampere import (
+    IntegrationError,
+    MongeAmpereFlow,
+    MongeAmpereTransform,
+    RidgePotential,
+    refined,
+)
 from nflows_mongeampere.normflows import MongeAmpere
 from nflows_mongeampere.training import (
     DivergenceError,
@@ -139,11 +150,22 @@ def test_two_processes_learn_what_one_does(script, uninterrupted, tmp_path):
         torch.testing.assert_close(after[key], expected[key], rtol=1e-3, atol=1e-4)
 
 
-def train(objective: Objective, folder: Path, **keywords: object) -> list[dict[str, float]]:
-    data = torch.randn(200, 2, generator=torch.Generator().manual_seed(1)).square()
-    batches = endless(EndlessBatches(data, 50), interval=10)
+DATA = torch.randn(200, 2, generator=torch.Generator().manual_seed(1)).square()
+VALIDATION = DataLoader(DATA, batch_size=100)
+
+
+def train(
+    objective: Objective,
+    folder: Path,
+    *,
+    data: Tensor = DATA,
+    batch_size: int = 50,
+    validation: DataLoader | None = VALIDATION,
+    **keywords: object,
+) -> list[dict[str, float]]:
+    batches = endless(EndlessBatches(data, batch_size), interval=10)
     keywords = {"accelerator": "cpu", **keywords}
-    return fit(objective, batches, DataLoader(data, batch_size=100), folder, **keywords).rows  # type: ignore[arg-type]
+    return fit(objective, batches, validation, folder, **keywords).rows  # type: ignore[arg-type]
 
 
 def normflows_model(target: nn.Module | None = None) -> nn.Module:
@@ -151,17 +173,17 @@ def normflows_model(target: nn.Module | None = None) -> nn.Module:
     return normflows.NormalizingFlow(base, [MongeAmpere(RidgePotential(2, 16), steps=2)], target)
 
 
-@pytest.mark.parametrize("face", ["nflows", "normflows"])
-def test_density_estimation_learns(face, tmp_path):
-    flow = MongeAmpereFlow(2, 16, steps=2) if face == "nflows" else normflows_model()
+@pytest.mark.parametrize("library", ["nflows", "normflows"])
+def test_density_estimation_learns(library, tmp_path):
+    flow = MongeAmpereFlow(2, 16, steps=2) if library == "nflows" else normflows_model()
     rows = train(MaximumLikelihood(flow, learning_rate=2e-2, steps=60), tmp_path)
     assert rows[-1]["validation"] < rows[0]["validation"] - 0.5
     assert rows[-1]["step"] == 60
     assert rows[-1]["learning_rate"] < 1e-6
 
 
-@pytest.mark.parametrize("face", ["nflows", "normflows"])
-def test_variational_training_comes_down_to_the_exact_free_energy(face, tmp_path):
+@pytest.mark.parametrize("library", ["nflows", "normflows"])
+def test_variational_training_comes_down_to_the_exact_free_energy(library, tmp_path):
     class Ring(nn.Module):
         """exp(-(|x| - 1)²), whose integral is known."""
 
@@ -170,7 +192,7 @@ def test_variational_training_comes_down_to_the_exact_free_energy(face, tmp_path
 
     # 2π ∫ r exp(-(r - 1)²) dr = π (1/e + √π (1 + erf 1))
     exact = -math.log(math.pi * (math.exp(-1) + math.sqrt(math.pi) * (1 + math.erf(1))))
-    if face == "nflows":
+    if library == "nflows":
         objective = ReverseKL(
             MongeAmpereFlow(2, 16, steps=2), Ring(), learning_rate=2e-2, steps=150
         )
@@ -205,9 +227,8 @@ def test_the_flow_is_left_with_the_best_weights(tmp_path):
     rows = train(objective, tmp_path, callbacks=[Spoil()])
     best = min(row["validation"] for row in rows)
     assert best < rows[-1]["validation"] - 0.1
-    data = torch.randn(200, 2, generator=torch.Generator().manual_seed(1)).square()
     with torch.no_grad(), refined(objective.flow):
-        assert float(objective.loss(data)) == pytest.approx(best, abs=1e-5)
+        assert float(objective.loss(DATA)) == pytest.approx(best, abs=1e-5)
 
 
 class Exploding(MaximumLikelihood):
@@ -228,7 +249,7 @@ class Exploding(MaximumLikelihood):
 def test_divergence_stops_the_training_and_keeps_the_best(fault, tmp_path):
     objective = Exploding(MongeAmpereFlow(2, 4), steps=100)
     objective.fault = fault
-    with pytest.raises(DivergenceError, match=r"diverged at step \d+: .*best.ckpt.* Try a lower"):
+    with pytest.raises(DivergenceError, match=r"diverged at step \d+: .*best.ckpt.* try a lower"):
         train(objective, tmp_path)
     kept = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert kept["global_step"] <= 30
@@ -319,6 +340,18 @@ def test_a_longer_budget_goes_on_within_an_interval(tmp_path, capsys):
     for part in range(2):
         assert [*halves[0].seen[part], *halves[1].seen[part]] == whole.seen[part]
     assert "goes on from step 17" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("accumulated", [1, 4])
+def test_accumulated_gradients_leave_the_loss_undivided(accumulated, tmp_path):
+    objective = MaximumLikelihood(MongeAmpereFlow(2, 4), learning_rate=1e-12, steps=5)
+    guard = DivergenceGuard()
+    rows = train(objective, tmp_path, accumulate_grad_batches=accumulated, callbacks=[guard])
+    batches = EndlessBatches(DATA, 50)
+    expected = [float(objective.loss(batches[k])) for k in range(5 * accumulated)]
+    means = [sum(part) / len(part) for part in (expected[:10], expected[10:]) if part]
+    assert [row["train"] for row in rows] == pytest.approx(means, rel=1e-5)
+    assert list(guard._recent) == pytest.approx(expected, rel=1e-5)
 
 
 def test_accumulated_gradients_are_of_different_noise(tmp_path):
@@ -453,3 +486,234 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
         train(objective, tmp_path)
     with pytest.raises(ValueError, match="path: there is no checkpoint"):
         restore(objective, tmp_path / "none.ckpt")
+
+
+def test_the_guard_sees_what_path_gradients_exploit(tmp_path):
+    """Their loss has ln q by the inverse, at one step of the midpoint rule."""
+
+    class Waves:
+        def log_prob(self, x: Tensor) -> Tensor:
+            return -(x + torch.sin(3 * x)).square().sum(1) / 2
+
+    def objective(steps: int) -> ReverseKL:
+        torch.manual_seed(0)
+        flow = MongeAmpereFlow(2, 32, steps=1, solver="midpoint")
+        nn.init.normal_(flow.transform.potential.weight, std=3.0)
+        return ReverseKL(flow, Waves(), path_gradient=True, learning_rate=1e-2, steps=steps)
+
+    keywords = {"validation": DataLoader(torch.zeros(1, 1))}
+    x = torch.linspace(-10, 10, 2001)[:, None]
+    exact = -2 * float((Waves().log_prob(x).exp().sum() * 0.01).log())
+    rows = train(objective(60), tmp_path / "alone", **keywords)
+    assert rows[-1]["train"] < exact - 1 < rows[-1]["validation"]  # what cannot be
+    assert rows[-1]["solver_error"] < -1
+    guarded = objective(60)
+    rows = train(guarded, tmp_path / "guarded", callbacks=[SolverGuard(0.1)], **keywords)
+    assert rows[-1]["train"] > exact
+    assert abs(rows[-1]["solver_error"]) < 0.5
+    assert guarded.flow.transform.steps > 1
+
+
+@pytest.mark.parametrize(
+    ("validation", "keywords", "message"),
+    [
+        (None, {}, "no validation_batches"),
+        (DataLoader(TensorDataset(DATA[:0])), {}, "no validation_batches"),
+        (VALIDATION, {"limit_val_batches": 0}, "no validation_batches"),
+        (VALIDATION, {"max_steps": 5}, "no weights were validated"),
+        (VALIDATION, {"fast_dev_run": True}, "no weights were validated"),
+    ],
+)
+def test_without_a_validation_the_last_weights_stay(
+    validation, keywords, message, tmp_path, capsys
+):
+    objective = MaximumLikelihood(MongeAmpereFlow(2, 4), learning_rate=1e-2, steps=20)
+    train(objective, tmp_path, validation=validation, **keywords)
+    assert objective.flow.transform.potential.amplitude.abs().max() > 0
+    assert capsys.readouterr().err.count(message) == 1
+    if "fast_dev_run" in keywords:  # a rehearsal
+        assert not (tmp_path / "last.ckpt").exists()
+        return
+    again = MaximumLikelihood(MongeAmpereFlow(2, 4), learning_rate=1e-2, steps=20)
+    restore(again, tmp_path / "last.ckpt")
+    for one, other in zip(objective.flow.parameters(), again.flow.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_training_that_goes_on_without_a_validation(tmp_path):
+    """It keeps its last weights, not the best of those that were validated, also when read."""
+    train(MaximumLikelihood(MongeAmpereFlow(2, 4), steps=10), tmp_path)
+    longer = MaximumLikelihood(MongeAmpereFlow(2, 4), steps=20)
+    rows = train(longer, tmp_path, validation=None)
+    assert ["validation" in row for row in rows] == [True, False]
+    lines = (tmp_path / "metrics.csv").read_text().splitlines()
+    assert lines[0].startswith("step,minutes,train,validation,solver_error,learning_rate")
+    assert ",,," in lines[2]
+    again = MaximumLikelihood(MongeAmpereFlow(2, 4), steps=20)
+    assert train(again, tmp_path, validation=None) == rows
+    last = weights(tmp_path)
+    for flow in (longer.flow, again.flow):
+        for key, value in flow.state_dict().items():
+            assert torch.equal(value, last.get(f"flow.{key}", value))
+
+
+def test_a_validation_of_every_second_interval_is_not_repeated(tmp_path):
+    rows = train(
+        MaximumLikelihood(MongeAmpereFlow(2, 4), steps=40), tmp_path, check_val_every_n_epoch=2
+    )
+    assert ["validation" in row for row in rows] == [False, True, False, True]
+
+
+def test_every_interval_leaves_a_last_checkpoint(tmp_path):
+    """Also one that is not the best."""
+    train(
+        MaximumLikelihood(MongeAmpereFlow(2, 4), steps=100),
+        tmp_path,
+        callbacks=[Spoil()],
+        max_epochs=4,
+    )
+    steps = [torch.load(tmp_path / name)["global_step"] for name in ("best.ckpt", "last.ckpt")]
+    assert steps == [30, 40]
+
+
+@pytest.mark.parametrize("folder", ["new/folder", "memory://folder"])
+def test_a_checkpoint_callback_of_the_user(folder, tmp_path):
+    place = folder if "://" in folder else str(tmp_path / folder)
+    mine = ModelCheckpoint(place, monitor="val_loss", save_top_k=-1)
+    objective = MaximumLikelihood(MongeAmpereFlow(2, 4), steps=20)
+    train(objective, tmp_path / "training", callbacks=[mine])
+    assert len(mine.best_k_models) == 2
+    assert mine.best_model_path.startswith(place)
+    loaded = lightning.Trainer(logger=False, accelerator="cpu").strategy.load_checkpoint(
+        mine.best_model_path
+    )
+    assert loaded["global_step"] in (10, 20)
+
+
+def test_a_divergence_names_the_best_checkpoint_beside_others(tmp_path):
+    objective = Exploding(MongeAmpereFlow(2, 4), steps=100)
+    mine = ModelCheckpoint(tmp_path / "mine")
+    with pytest.raises(DivergenceError, match=r"training/best.ckpt is kept"):
+        train(objective, tmp_path / "training", callbacks=[mine])
+
+
+def bare_trainer(**keywords: object) -> lightning.Trainer:
+    quiet = ("enable_checkpointing", "enable_progress_bar", "enable_model_summary", "logger")
+    return lightning.Trainer(**dict.fromkeys(quiet, False), accelerator="cpu", **keywords)
+
+
+@pytest.mark.filterwarnings("ignore:The .*_dataloader:UserWarning")
+def test_lightning_tests_as_it_validates_and_predicts_log_densities():
+    torch.manual_seed(0)
+    flow = MongeAmpereFlow(2, 4, steps=1)
+    nn.init.normal_(flow.transform.potential.amplitude)
+    objective = MaximumLikelihood(flow, steps=1)
+    (validated,) = bare_trainer().validate(objective, VALIDATION, verbose=False)
+    (tested,) = bare_trainer().test(objective, VALIDATION, verbose=False)
+    with torch.no_grad(), refined(flow):
+        fine = float(objective.loss(DATA))
+    assert tested["test_loss"] == validated["val_loss"] == pytest.approx(fine, rel=1e-5)
+    assert tested["solver_error"] == validated["solver_error"] != 0
+    predicted = torch.cat(bare_trainer().predict(objective, DataLoader(TensorDataset(DATA), 70)))
+    torch.testing.assert_close(predicted, flow.log_prob(DATA).detach())
+
+
+@pytest.mark.filterwarnings("ignore:The .*_dataloader:UserWarning")
+def test_lightning_predicts_samples_of_a_variational_flow():
+    torch.manual_seed(0)
+    flow = MongeAmpereFlow(2, 4, steps=20)
+    nn.init.normal_(flow.transform.potential.amplitude)
+    objective = ReverseKL(flow, torch.distributions.Normal(0.0, 1.0), num_samples=5, steps=1)
+    batches = bare_trainer().predict(objective, DataLoader(torch.zeros(2, 1)))
+    for x, log_q in batches:
+        assert x.shape == (5, 2)
+        torch.testing.assert_close(log_q, flow.log_prob(x).detach(), rtol=1e-4, atol=1e-4)
+    assert not torch.equal(batches[0][0], batches[1][0])
+
+
+@pytest.mark.parametrize("variational", [False, True])
+def test_losses_reach_a_logger(variational, tmp_path):
+    flow, logger = MongeAmpereFlow(2, 4), CSVLogger(tmp_path, name="log")
+    if variational:
+        target = torch.distributions.Independent(torch.distributions.Normal(torch.zeros(2), 2.0), 1)
+        objective: Objective = ReverseKL(flow, target, steps=20)
+    else:
+        objective = MaximumLikelihood(flow, kinetic=0.1, steps=20)
+    rows = train(objective, tmp_path / "training", logger=logger)
+    with (Path(logger.log_dir) / "metrics.csv").open() as file:
+        logged = list(csv.DictReader(file))
+    for name, column in (("train_loss", "train"), ("val_loss", "validation")):
+        values = [float(row[name]) for row in logged if row[name]]
+        assert values == pytest.approx([row[column] for row in rows])
+
+
+def test_a_layer_that_makes_nan_is_named(tmp_path):
+    """A single row has no standard deviation; the data are not at fault."""
+    transform = MongeAmpereTransform(RidgePotential(2, 4))
+    orders = [[ActNorm(2), transform], [transform, ActNorm(2)]]
+    for number, layers in enumerate(orders):
+        flow = Flow(CompositeTransform(layers), StandardNormal([2]))
+        message = rf"is _transform._transforms.{number} \(ActNorm\), given 1 row; no check"
+        objective = MaximumLikelihood(flow, steps=20)
+        with pytest.warns(UserWarning, match="degrees of freedom"):  # noqa: SIM117
+            with pytest.raises(DivergenceError, match=message) as caught:
+                train(objective, tmp_path / str(number), batch_size=1)
+        assert "data" not in str(caught.value)
+
+
+def test_a_layer_of_normflows_that_makes_nan_is_named(tmp_path):
+    """Its way to noise is the inverse, which hooks of torch do not see."""
+    base = normflows.distributions.DiagGaussian(2)
+    layers = [MongeAmpere(RidgePotential(2, 4)), normflows.flows.ActNorm(2)]
+    objective = MaximumLikelihood(normflows.NormalizingFlow(base, layers), steps=20)
+    with pytest.warns(UserWarning, match="degrees of freedom"):  # noqa: SIM117
+        with pytest.raises(DivergenceError, match=r"is flows.1 \(ActNorm\), given 1 row"):
+            train(objective, tmp_path, batch_size=1)
+
+
+def test_data_that_are_nan_are_named(tmp_path):
+    data = DATA.clone()
+    data[3, 1] = math.nan
+    objective = MaximumLikelihood(MongeAmpereFlow(2, 4), steps=20)
+    with pytest.raises(ValueError, match="inputs: got NaN or infinite entries"):
+        train(objective, tmp_path / "flow", data=data)
+    objective = MaximumLikelihood(Flow(ActNorm(2), StandardNormal([2])), steps=20)
+    with pytest.raises(DivergenceError, match="as the batch has such entries"):
+        train(objective, tmp_path / "other", data=data)
+
+
+def test_a_divergence_survives_a_pickle(tmp_path):
+    objective = Exploding(MongeAmpereFlow(2, 4), steps=100)
+    with pytest.raises(DivergenceError) as caught:
+        train(objective, tmp_path)
+    copied = pickle.loads(pickle.dumps(caught.value))
+    assert type(copied) is DivergenceError
+    assert str(copied) == str(caught.value)
+
+
+def test_advice_begins_with_the_data(tmp_path):
+    objective = Exploding(MongeAmpereFlow(2, 4), steps=100)
+    with pytest.raises(DivergenceError, match=r"kept. Look at the data first: standardise"):
+        train(objective, tmp_path)
+
+
+@pytest.mark.parametrize(("scale", "shift"), [(1e3, 0.0), (1e-3, 0.0), (1.0, 100.0)])
+def test_unscaled_data_are_noticed_once(scale, shift, tmp_path):
+    data = torch.stack([DATA[:, 0], (DATA[:, 1] - 1) * scale + shift], dim=1)
+    objective = MaximumLikelihood(MongeAmpereFlow(2, 4), learning_rate=1e-9, steps=20)
+    with pytest.warns(UserWarning, match="data: 1 of 2 columns .*; worst is column 1") as caught:
+        train(objective, tmp_path / "raw", data=data, validation=None)
+    assert len([warning for warning in caught if "data:" in str(warning.message)]) == 1
+    layers = [ActNorm(2), MongeAmpereTransform(RidgePotential(2, 4))]
+    flow = Flow(CompositeTransform(layers), StandardNormal([2]))
+    # warnings of the package are errors in tests
+    train(MaximumLikelihood(flow, steps=2), tmp_path / "scaled", data=data, validation=None)
+
+
+def test_a_bare_trainer_leaves_no_trace_in_the_layers(tmp_path):
+    """The methods that are watched for a moment are the layers' own again."""
+    flow = MongeAmpereFlow(2, 4)
+    train(MaximumLikelihood(flow, steps=10), tmp_path)
+    assert not {"forward", "inverse", "log_prob", "sample"} & {
+        name for layer in flow.modules() for name in vars(layer)
+    }

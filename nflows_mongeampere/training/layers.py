@@ -42,7 +42,7 @@ def observed(flow: nn.Module, note: Note) -> Iterator[None]:
 
 
 def first_not_finite(flow: nn.Module, evaluate: Callable[[], object]) -> str:
-    """Words on the first layer whose outputs are not finite though its inputs are, or none.
+    """The first layer whose outputs are not finite though its inputs are, or nothing.
 
     Args:
         flow: whose layers are looked at.
@@ -53,11 +53,8 @@ def first_not_finite(flow: nn.Module, evaluate: Callable[[], object]) -> str:
     def note(place: str, layer: nn.Module, inputs: tuple[Any, ...], outputs: Any) -> None:
         if not found and finite(inputs) and not finite(outputs):
             rows = next((len(x) for x in inputs if isinstance(x, Tensor) and x.dim() > 0), None)
-            size = "" if rows is None else f" (from a batch of {rows} row{'s' * (rows != 1)})"
-            found.append(
-                f"the first layer that gives NaN or infinite values is {place} "
-                f"({type(layer).__name__}){size}"
-            )
+            size = "" if rows is None else f", given {rows} row{'s' * (rows != 1)}"
+            found.append(f"{place} ({type(layer).__name__}){size}")
 
     with observed(flow, note), suppress(Exception):
         evaluate()

@@ -66,14 +66,11 @@ class Objective(lightning.LightningModule):
         progress: the part of the budget that is spent, from 0 to 1.
         batches: how many were trained on; more than steps where gradients are accumulated.
         entries: of one event, as the last loss saw it: the scale of its noise.
-        advice: what to try where a training diverges.
+        first_advice: what to look at first where a training diverges.
         culprit: where the last loss was NaN or infinite, the layer that made it so.
     """
 
-    advice = (
-        "Try a lower learning rate, stronger gradient clipping, more solver steps, or a penalty on "
-        "the costs of transport"
-    )
+    first_advice = ""
 
     def __init__(
         self,
@@ -154,15 +151,13 @@ class Objective(lightning.LightningModule):
         try:
             result = evaluate()
         except (IntegrationError, ValueError) as error:
-            self.culprit = first_not_finite(self.flow, evaluate) if finite(batch) else ""
-            if not self.culprit and isinstance(error, ValueError):
+            culprit = first_not_finite(self.flow, evaluate) if finite(batch) else ""
+            if not culprit and isinstance(error, ValueError):
                 raise
-            what = "; ".join(filter(None, (self.culprit, str(error))))
-            raise diverged(self.trainer, self, what) from error
+            what = "a layer failed" if culprit else str(error)
+            raise diverged(self.trainer, self, what, culprit) from error
         if not finite(result):  # the guard stops the training, in every process
-            self.culprit = "the batch has NaN or infinite entries"
-            if finite(batch):
-                self.culprit = first_not_finite(self.flow, evaluate)
+            self.culprit = first_not_finite(self.flow, evaluate)
         return result
 
     @torch.no_grad()
@@ -289,9 +284,9 @@ class MaximumLikelihood(Objective):
         torch.Size([])
     """
 
-    advice = (
+    first_advice = (
         "Look at the data first: standardise the columns, and take the logarithm of heavy tails or "
-        f"cut outliers off. {Objective.advice}"
+        "cut outliers off"
     )
 
     def losses(self, batch: Any) -> Tensor:

@@ -12,13 +12,16 @@ from nflows.transforms import CompositeTransform, PointwiseAffineTransform
 from torch import nn
 
 from nflows_mongeampere import (
+    AutogradPotential,
     MongeAmpereFlow,
     MongeAmpereTransform,
     RidgePotential,
+    refined,
     transport_costs,
 )
 from nflows_mongeampere.normflows import MongeAmpere
 from nflows_mongeampere.training import MaximumLikelihood, Objective, ReverseKL
+from nflows_mongeampere.training.layers import observed
 from nflows_mongeampere.transport import transports
 from nflows_mongeampere.variational import sample_and_log_prob
 
@@ -31,17 +34,17 @@ class Normal(nn.Module):
         return normal.log_prob(x).flatten(1).sum(1) + 3
 
 
-def model(face: str, target: nn.Module | None = None) -> nn.Module:
-    if face == "nflows":
+def model(library: str, target: nn.Module | None = None) -> nn.Module:
+    if library == "nflows":
         return MongeAmpereFlow(2, 4)
     base = normflows.distributions.DiagGaussian(2, trainable=False)
     return normflows.NormalizingFlow(base, [MongeAmpere(RidgePotential(2, 4))], target)
 
 
-@pytest.mark.parametrize("face", ["nflows", "normflows"])
-def test_likelihood_of_an_identity_flow_is_that_of_its_base(face):
+@pytest.mark.parametrize("library", ["nflows", "normflows"])
+def test_likelihood_of_an_identity_flow_is_that_of_its_base(library):
     x = torch.randn(50, 2)
-    loss = MaximumLikelihood(model(face), steps=1).loss(x)
+    loss = MaximumLikelihood(model(library), steps=1).loss(x)
     expected = -torch.distributions.Normal(0, 1).log_prob(x).sum(1).mean()
     torch.testing.assert_close(loss, expected)
 
@@ -55,10 +58,10 @@ def test_likelihood_takes_a_context(batch):
     torch.testing.assert_close(loss, -flow.log_prob(x, context).mean())
 
 
-@pytest.mark.parametrize("face", ["nflows", "normflows"])
-def test_free_energy_of_an_exact_flow_is_that_of_its_target(face):
+@pytest.mark.parametrize("library", ["nflows", "normflows"])
+def test_free_energy_of_an_exact_flow_is_that_of_its_target(library):
     """F = -ln Z for every sample, where the flow is the target."""
-    if face == "nflows":
+    if library == "nflows":
         flow = Flow(PointwiseAffineTransform(-0.5, 0.5), StandardNormal([2]))
         objective = ReverseKL(flow, Normal(), num_samples=10, steps=1)
     else:
@@ -81,9 +84,9 @@ def test_free_energy_is_an_upper_bound_whose_gradient_reaches_the_flow():
     assert all(p.grad is not None for p in flow.parameters())
 
 
-def moving_model(face: str, target: nn.Module | None = None) -> nn.Module:
+def moving_model(library: str, target: nn.Module | None = None) -> nn.Module:
     """A model that moves its samples, with a negligible error of the solver."""
-    flow = model(face, target)
+    flow = model(library, target)
     (transport,) = transports(flow)
     transport.steps = 40
     nn.init.normal_(transport.potential.amplitude)
@@ -98,10 +101,10 @@ def gradients(objective: Objective) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("face", ["nflows", "normflows"])
-def test_the_path_gradient_leaves_out_the_score(face):
+@pytest.mark.parametrize("library", ["nflows", "normflows"])
+def test_the_path_gradient_leaves_out_the_score(library):
     """The whole gradient is that along the path and the mean score of the same samples."""
-    flow = moving_model(face, Normal())
+    flow = moving_model(library, Normal())
     keywords = {"target": Normal(), "num_samples": 16, "steps": 1}
     whole = gradients(ReverseKL(flow, **keywords))
     path = gradients(ReverseKL(flow, **keywords, path_gradient=True))
@@ -128,9 +131,9 @@ def test_the_free_energy_is_that_of_normflows(path_gradient):
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("face", ["nflows", "normflows"])
-def test_the_path_gradient_of_an_exact_flow_is_zero_for_every_sample(face):
-    flow = moving_model(face)
+@pytest.mark.parametrize("library", ["nflows", "normflows"])
+def test_the_path_gradient_of_an_exact_flow_is_zero_for_every_sample(library):
+    flow = moving_model(library)
     target = copy.deepcopy(flow)
     for path_gradient in (True, False):
         objective = ReverseKL(flow, target, num_samples=1, steps=1, path_gradient=path_gradient)
@@ -160,9 +163,9 @@ def test_the_path_gradient_keeps_the_loss_the_penalties_and_the_flow():
     assert learnt == {"_transform.potential.weight", "_transform.potential.amplitude"}
 
 
-@pytest.mark.parametrize("face", ["nflows", "normflows"])
-def test_penalties_weigh_the_mean_costs(face):
-    flow, x = model(face), torch.randn(6, 2)
+@pytest.mark.parametrize("library", ["nflows", "normflows"])
+def test_penalties_weigh_the_mean_costs(library):
+    flow, x = model(library), torch.randn(6, 2)
     potential = next(m for m in flow.modules() if isinstance(m, RidgePotential))
     nn.init.normal_(potential.amplitude)
     objective = MaximumLikelihood(flow, steps=1, kinetic=0.3, roughness=0.02)
@@ -251,3 +254,180 @@ def test_samples_without_bounds_are_a_loss_that_is_no_number():
     flow = Flow(CompositeTransform([wide, wide]), StandardNormal([2]))
     loss = ReverseKL(flow, Normal(), path_gradient=True, steps=1).loss(None)
     assert not math.isfinite(loss)
+
+
+class Around(nn.Module):
+    """A normal density around the context."""
+
+    def log_prob(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        return -(x - context).square().sum(1)
+
+
+def conditional_model(library: str) -> nn.Module:
+    """It moves its samples, as the context says."""
+    if library == "nflows":
+        flow: nn.Module = MongeAmpereFlow(2, 4, context_features=2, steps=20)
+    else:
+        potential = RidgePotential(2, 4, context_features=2)
+        base = normflows.distributions.DiagGaussian(2)
+        transport = MongeAmpere(potential, steps=20)
+        flow = normflows.ConditionalNormalizingFlow(base, [transport], Around())
+    nn.init.normal_(transports(flow)[0].potential.amplitude)
+    return flow
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("path_gradient", [False, True])
+@pytest.mark.parametrize("batch", [lambda c: c, lambda c: [c], lambda c: (torch.zeros(8, 5), c)])
+def test_the_free_energy_under_contexts_is_that_of_normflows(path_gradient, batch):
+    flow, context = conditional_model("normflows"), torch.randn(8, 2)
+    names, parameters = zip(*flow.named_parameters(), strict=True)
+    torch.manual_seed(0)
+    expected = flow.reverse_kld(8, context, score_fn=not path_gradient)
+    objective = ReverseKL(flow, num_samples=8, steps=1, path_gradient=path_gradient)
+    torch.manual_seed(0)
+    loss = objective.loss(batch(context))
+    torch.testing.assert_close(loss, expected)
+    found = torch.autograd.grad(loss, parameters)
+    for name, part, whole in zip(
+        names, found, torch.autograd.grad(expected, parameters), strict=True
+    ):
+        torch.testing.assert_close(part, whole, msg=name)
+
+
+@pytest.mark.usefixtures("float64")
+def test_normflows_repeats_contexts_that_are_fewer_than_the_samples():
+    flow, context = conditional_model("normflows"), torch.randn(3, 2)
+    torch.manual_seed(0)
+    expected = flow.reverse_kld(9, context.repeat_interleave(3, 0))
+    torch.manual_seed(0)
+    torch.testing.assert_close(ReverseKL(flow, num_samples=8, steps=1).loss(context), expected)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("path_gradient", [False, True])
+def test_nflows_draws_samples_for_each_context(path_gradient):
+    flow, context = conditional_model("nflows"), torch.randn(3, 2)
+    torch.manual_seed(0)
+    x, log_q = flow.sample_and_log_prob(8, context)
+    expected = (log_q + (x - context[:, None]).square().sum(2)).mean()
+    objective = ReverseKL(flow, Around(), num_samples=8, steps=1, path_gradient=path_gradient)
+    torch.manual_seed(0)
+    loss = objective.loss(context)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
+    rows = context.repeat_interleave(8, 0)
+    score = flow.log_prob(x.detach().flatten(0, 1), rows).mean() * path_gradient
+    parameters = list(flow.parameters())
+    gradients = (torch.autograd.grad(part, parameters) for part in (loss, expected, score))
+    for found, whole, part in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, whole - part, rtol=1e-4, atol=1e-6)
+    validated, errors = objective.judge(context, seed=1)
+    assert validated.shape == (24,)
+    assert errors.abs().max() < 1e-4
+
+
+def test_batches_are_no_contexts_where_a_flow_takes_none():
+    """Here the target could take one, as all densities of nflows can."""
+    flow = MongeAmpereFlow(2, 4)
+    objective = ReverseKL(flow, copy.deepcopy(flow), num_samples=5, steps=1)
+    torch.testing.assert_close(objective.loss(torch.zeros(7, 1)), torch.tensor(0.0))
+
+
+class Wave(nn.Module):
+    def forward(self, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        return torch.sin(x.sum(1) + context.sum(1))
+
+
+def test_a_network_says_that_it_takes_a_context():
+    flow = Flow(MongeAmpereTransform(AutogradPotential(Wave())), StandardNormal([2]))
+    assert ReverseKL(flow, Around(), num_samples=4, steps=1).loss(torch.zeros(3, 2)).isfinite()
+
+
+def stiff_model(library: str, target: nn.Module | None = None) -> nn.Module:
+    """Its solver is too coarse."""
+    flow = model(library, target)
+    (transport,) = transports(flow)
+    transport.steps = 1
+    nn.init.normal_(transport.potential.amplitude)
+    return flow
+
+
+def solves(objective: Objective, batch: object) -> list[tuple[int, int]]:
+    """The rows and the solver's steps of each solve in a validation."""
+    found = []
+    (transport,) = transports(objective.flow)
+
+    def note(place: str, layer: nn.Module, inputs: tuple, outputs: object) -> None:
+        if layer is transport:
+            found.append((len(inputs[0]), transport.steps))
+
+    with observed(objective.flow, note):
+        objective.judge(batch, seed=1)
+    return found
+
+
+@pytest.mark.parametrize("library", ["nflows", "normflows"])
+def test_a_validation_takes_two_solves(library):
+    flow = stiff_model(library)
+    assert solves(MaximumLikelihood(flow, steps=1), torch.randn(50, 2)) == [(50, 2), (20, 1)]
+    objective = ReverseKL(flow, Normal(), num_samples=40, steps=1)
+    assert solves(objective, torch.zeros(3, 1)) == [(40, 2), (40, 1)]
+    objective = ReverseKL(flow, Normal(), num_samples=40, steps=1, path_gradient=True)
+    assert solves(objective, torch.zeros(3, 1)) == [(40, 2), (20, 1)]
+
+
+@pytest.mark.parametrize("library", ["nflows", "normflows"])
+def test_a_validation_measures_the_loss_that_is_trained(library):
+    flow, x = stiff_model(library), torch.randn(50, 2)
+    losses, errors = MaximumLikelihood(flow, steps=1).judge(x, seed=1)
+    with refined(flow):
+        torch.testing.assert_close(losses, -flow.log_prob(x))
+    torch.testing.assert_close(errors, -flow.log_prob(x[:20]) - losses[:20])
+    assert errors.abs().mean() > 1e-3
+
+    losses, errors = ReverseKL(flow, Normal(), num_samples=40, steps=1).judge(None, seed=1)
+    torch.manual_seed(1)
+    y, log_q = sample_and_log_prob(flow, 40)
+    with refined(flow):
+        torch.manual_seed(1)
+        x, fine_log_q = sample_and_log_prob(flow, 40)
+    fine = fine_log_q - Normal().log_prob(x)
+    torch.testing.assert_close(losses, fine)
+    torch.testing.assert_close(errors, log_q - Normal().log_prob(y) - fine)
+
+    # along the path ln q is that of given samples
+    objective = ReverseKL(flow, Normal(), num_samples=40, steps=1, path_gradient=True)
+    losses, errors = objective.judge(None, seed=1)
+    torch.testing.assert_close(losses, fine)
+    torch.testing.assert_close(errors, (flow.log_prob(x) - fine_log_q)[::2])
+
+
+def test_a_validation_of_an_objective_that_gives_a_mean_alone():
+    class Squared(Objective):
+        def loss(self, batch: torch.Tensor) -> torch.Tensor:
+            return self.flow.log_prob(batch).mean().square()
+
+    flow, x = stiff_model("nflows"), torch.randn(50, 2)
+    objective = Squared(flow, steps=1)
+    losses, errors = objective.judge(x, seed=1)
+    with refined(flow):
+        torch.testing.assert_close(losses.mean(), objective.loss(x))
+    torch.testing.assert_close(errors.mean(), objective.loss(x) - losses.mean())
+    with pytest.raises(NotImplementedError, match="implements neither losses nor loss"):
+        Objective(flow, steps=1).loss(x)
+
+
+class Bowl(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.sin(x).sum(1)
+
+
+def test_a_random_laplacian_is_the_same_in_both_solves():
+    """Else its noise would be taken for an error of the solver."""
+    potential = AutogradPotential(Bowl(), laplacian="hutchinson", probe="gaussian")
+    flow = Flow(MongeAmpereTransform(potential, steps=20), StandardNormal([2]))
+    _, errors = MaximumLikelihood(flow, steps=1).judge(torch.randn(50, 2), seed=1)
+    assert errors.abs().max() < 1e-4
+    with pytest.raises(ValueError, match=r"flow: the Laplacian of _transform.potential .*'exact'"):
+        ReverseKL(flow, Normal(), path_gradient=True, steps=1)
+    assert ReverseKL(flow, Normal(), steps=1).loss(None).isfinite()  # unbiased
