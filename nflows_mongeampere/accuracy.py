@@ -90,9 +90,7 @@ def compare(solve: Map, integrator: Integrator) -> tuple[Tensor, Tensor, Tensor]
 
 
 @torch.no_grad()
-def choose_steps(
-    solve: Map, integrator: Integrator, tolerance: float, quantity: str
-) -> StepChoice:
+def choose_steps(solve: Map, integrator: Integrator, tolerance: float, quantity: str) -> StepChoice:
     """The fewest steps that are right to ``tolerance`` on every row."""
     tolerance = validation.positive("tolerance", tolerance)
     if integrator.adaptive:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,7 +105,7 @@ class Dynamics(ABC):
         """
         point, rate = kept
         wanted = [i for i, gradient in enumerate(gradients) if gradient is not None]
-        targets = [point, *(self.tensors[i] for i in wanted)]
+        targets: list[Any] = [point, *(self.tensors[i] for i in wanted)]
         if not rate.requires_grad:
             return torch.zeros_like(point[: self.coordinates])
         along_state, *products = torch.autograd.grad(
@@ -179,4 +180,5 @@ def start(inputs: Tensor, integrals: int) -> Tensor:
 
 def as_rows(columns: Tensor, event_shape: torch.Size) -> Tensor:
     """Points that are columns, (D, B), in the shape (B, ...) of a batch of events, contiguous."""
-    return columns.T.contiguous().unflatten(1, event_shape)
+    rows: Tensor = columns.T.contiguous().unflatten(1, event_shape)
+    return rows

@@ -20,7 +20,6 @@ from torch import nn
 
 from nflows_mongeampere import potentials
 from nflows_mongeampere.atomic import write as write  # for those who write beside a flow
-from nflows_mongeampere.configured import Configured
 from nflows_mongeampere.flow import MongeAmpereFlow, Noise
 from nflows_mongeampere.groups import Group
 from nflows_mongeampere.transform import MongeAmpereTransform
@@ -154,7 +153,7 @@ def _describe(part: object, place: str) -> object:
             f"flow: {place} is a {type(part).__module__}.{name}, which cannot be described as "
             f"plain data; known are {', '.join(sorted(KNOWN))}; save its state_dict()"
         )
-    arguments = part.arguments() if isinstance(part, Configured) else KNOWN[name][1](part)
+    arguments = KNOWN[name][1](part)
     return {
         "class": name,
         "arguments": {key: _describe(value, f"{place}.{key}") for key, value in arguments.items()},
@@ -219,7 +218,7 @@ OURS: tuple[type, ...] = (
 KNOWN: dict[str, tuple[type, Callable[[Any], Arguments]]] = {
     cls.__name__: (cls, arguments)
     for cls, arguments in (
-        *((ours, Configured.arguments) for ours in OURS),
+        *((ours, lambda p: p.arguments()) for ours in OURS),
         (Noise, lambda d: {"shape": list(d._shape)}),
         (flows.Flow, _flow),
         (distributions.StandardNormal, lambda d: {"shape": list(d._shape)}),

@@ -28,7 +28,8 @@ class Noise(StandardNormal):
 
     def _log_prob(self, inputs: Tensor, context: Tensor | None) -> Tensor:
         entries = self._shape.numel()
-        return -0.5 * (inputs.square().flatten(1).sum(1) + entries * math.log(2 * math.pi))
+        log_prob: Tensor = inputs.square().flatten(1).sum(1) + entries * math.log(2 * math.pi)
+        return -0.5 * log_prob
 
     def _sample(self, num_samples: int, context: Tensor | None) -> Tensor:
         rows = (num_samples,) if context is None else (len(context), num_samples)

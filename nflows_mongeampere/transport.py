@@ -263,9 +263,7 @@ class Transport(Configured, nn.Module):
     ) -> list[tuple[Tensor, Tensor]]:
         """The points of a checked batch and their log-determinants at ``times[first:]``."""
         recorders = recorders_of(self)
-        dynamics = self.potential.dynamics(
-            inputs, context, integrator.evaluations, bool(recorders)
-        )
+        dynamics = self.potential.dynamics(inputs, context, integrator.evaluations, bool(recorders))
         if len(inputs) == 0:
             states = [dynamics.state] * len(times)
         else:

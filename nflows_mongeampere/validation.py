@@ -38,7 +38,7 @@ def looks_finite(value: Tensor) -> bool:
         return True
     if torch._C._are_functorch_transforms_active() or value.is_meta:
         return True
-    if torch.jit.is_tracing():  # type: ignore[no-untyped-call]
+    if torch.jit.is_tracing():
         return True
     # one number is quicker to look at than all; a sum that overflows decides nothing
     value = value.detach()

@@ -9,7 +9,7 @@ every stage, in a fraction of the time and memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +69,9 @@ class DiscreteAdjoint(torch.autograd.Function):
         if torch.is_grad_enabled():
             return (None, None, *_differentiable(ctx, state, tensors, grads))
         needed = ctx.needs_input_grad[3:]
-        gradients = [torch.zeros_like(t) if n else None for t, n in zip(tensors, needed, strict=True)]
+        gradients = [
+            torch.zeros_like(t) if n else None for t, n in zip(tensors, needed, strict=True)
+        ]
         tape = Tape(solve.dynamics, gradients)
         for t, parts in ctx.layout:
             tape.evaluations.append((t, tuple(saved[:parts])))
@@ -96,8 +98,8 @@ def _carry_back(
         adjoint = method.step_back(tape.pullback, dt, adjoint, moving)
     if ctx.recompute:
         method.begin(tape.rate, solve.times[0], state)
-    adjoint = method.begin_back(tape.pullback, adjoint, moving)
-    return adjoint
+    first: Tensor = method.begin_back(tape.pullback, adjoint, moving)
+    return first
 
 
 def _differentiable(
@@ -108,7 +110,7 @@ def _differentiable(
     start = state.view_as(state)
     views = [None if t is None else t.view_as(t) for t in tensors]
     states = ctx.solve.rebound(views).march(start).states
-    inputs = [start, *views]
+    inputs: list[Any] = [start, *views]
     wanted = [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
     products = torch.autograd.grad(
         states,

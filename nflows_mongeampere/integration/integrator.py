@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
@@ -215,7 +215,7 @@ class Solve:
         return self.integrator.method
 
     def has_gradient_by_hand(self) -> bool:
-        """Whether gradients are wanted, and neither autograd nor a compiler has to see each stage."""
+        """Whether gradients are wanted that nothing else has to see through."""
         wanted = [t for t in (self.dynamics.state, *self.dynamics.tensors) if t is not None]
         recompute = self.integrator.sensitivity == "recompute"
         return (
@@ -224,7 +224,7 @@ class Solve:
             and self.method.reversible
             and (self.dynamics.by_hand or recompute)
             and not torch.compiler.is_compiling()
-            and not torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+            and not torch.jit.is_tracing()
             and not transformed(*wanted)
         )
 
@@ -278,9 +278,12 @@ class Solve:
             candidate, slopes = method.step(rate, t, dt, y, slope)
             ends: list[Tensor] = []
 
-            def last(at: float = t + dt, y: Tensor = candidate, ends: list[Tensor] = ends) -> Tensor:
+            def last(
+                at: float = t + dt, y: Tensor = candidate, ends: list[Tensor] = ends
+            ) -> Tensor:
                 ends.append(rate(at, y))
-                return ends[0]
+                end: Tensor = ends[0]
+                return end
 
             ratio = self._error_ratio(y, candidate, method.error(dt, slopes, last))
             if ratio <= 1:
@@ -312,7 +315,7 @@ class Solve:
         return worst if math.isfinite(worst) else math.inf
 
     def _next_step(self, size: float, ratio: float) -> float:
-        """torchdyn's rule."""
+        """Torchdyn's rule."""
         solver = self.integrator._torchdyn
         tensor = torch.tensor([size], dtype=torch.float64)
         limits = (solver.safety, solver.min_factor, solver.max_factor)
@@ -326,9 +329,7 @@ class Solve:
         )
 
     @torch.no_grad()
-    def _first_step(
-        self, rate: Rate, y: Tensor, slope: Tensor, start: float, sign: float
-    ) -> float:
+    def _first_step(self, rate: Rate, y: Tensor, slope: Tensor, start: float, sign: float) -> float:
         # torchdyn's guess is made for rising times
         def rising(tau: Tensor, y: Tensor) -> Tensor:
             return sign * rate(start + sign * float(tau), y)

@@ -214,7 +214,7 @@ class TorchdynStep(Method):
 
 
 def _combine(y: Tensor, dt: float, weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:
-    """y + dt (w₁ k₁ + w₂ k₂ + ...)."""
+    """Y + dt (w₁ k₁ + w₂ k₂ + ...)."""
     for weight, slope in zip(weights, slopes, strict=False):
         if weight:
             y = torch.add(y, slope, alpha=dt * weight)

@@ -87,12 +87,6 @@ class AutogradPotential(Potential):
         """Whether the Laplacian is Hutchinson's estimate."""
         return self.laplacian_method != "exact"
 
-    def reset_parameters(self) -> None:
-        """Draw anew whatever in the module knows how to."""
-        for layer in self.module.modules():
-            if callable(getattr(layer, "reset_parameters", None)):
-                layer.reset_parameters()
-
     def _field(self, inputs: Tensor) -> Field:
         return partial(self._gradient_and_laplacian, probe=self._draw_probe(inputs))
 
@@ -134,7 +128,8 @@ class AutogradPotential(Potential):
 
     def _gradient(self, x: Tensor, t: Time | None, context: Tensor | None) -> Tensor:
         if _functional(x, context, *self.parameters()):
-            return torch.func.grad(lambda y: self._value(y, t, context).sum())(x)
+            slope: Tensor = torch.func.grad(lambda y: self._value(y, t, context).sum())(x)
+            return slope
         with differentiation(x, context) as (point, row_context, keep_graph):
             return derivative(self._value(point, t, row_context), point, keep_graph)
 
@@ -166,19 +161,21 @@ class AutogradPotential(Potential):
     def _functional_gradient_and_laplacian(
         self, x: Tensor, t: Time | None, context: Tensor | None, probe: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """The same by ``torch.func``, which nests within its own transforms and within compilers."""
+        """The same by ``torch.func``, which nests within its own transforms and in compilers."""
         slope = torch.func.grad(lambda y: self._value(y, t, context).sum())
-        gradient, pull = torch.func.vjp(slope, x)
+        gradient, pull, *_ = torch.func.vjp(slope, x)
         if probe is not None:
             return gradient, (pull(probe)[0] * probe).flatten(1).sum(1)
         size = x.shape[1:].numel()
 
         def second_derivative(direction: Tensor) -> Tensor:
             along = direction.view(x.shape[1:]).expand_as(x)
-            return (pull(along)[0] * along).flatten(1).sum(1)
+            second: Tensor = (pull(along)[0] * along).flatten(1).sum(1)
+            return second
 
         directions = torch.eye(size, dtype=x.dtype, device=x.device)
-        return gradient, torch.func.vmap(second_derivative, chunk_size=_CHUNK)(directions).sum(0)
+        diagonal = torch.func.vmap(second_derivative, chunk_size=_CHUNK)(directions)
+        return gradient, diagonal.sum(0)
 
 
 def _functional(*tensors: Tensor | None) -> bool:

@@ -91,6 +91,13 @@ class Potential(Configured, nn.Module, ABC):
         r"""The Laplacian :math:`\Delta u(x, t; c)`, shape (B,); see :meth:`forward`."""
         return self._laplacian(*self._check(x, t, context))
 
+    def reset_parameters(self) -> None:
+        """Draw anew what the potential learns, or what the modules in it know how to."""
+        for module in self.children():
+            for layer in module.modules():
+                if callable(getattr(layer, "reset_parameters", None)):
+                    layer.reset_parameters()  # type: ignore[operator]
+
     def dynamics(
         self, inputs: Tensor, context: Tensor | None, evaluations: int, costs: bool = False
     ) -> Dynamics:
@@ -103,9 +110,7 @@ class Potential(Configured, nn.Module, ABC):
                 work on better coordinates when that pays.
             costs: whether the state carries the costs of transport.
         """
-        return FieldDynamics(
-            self._field(inputs), inputs, context, tuple(self.parameters()), costs
-        )
+        return FieldDynamics(self._field(inputs), inputs, context, tuple(self.parameters()), costs)
 
     def averaged(self, group: Group) -> Average:
         """The average of this potential over a finite group of symmetries."""
@@ -113,9 +118,7 @@ class Potential(Configured, nn.Module, ABC):
 
         return ImageAverage(self, group)
 
-    def accept(
-        self, name: str, x: Tensor, context: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def accept(self, name: str, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Check a batch, which the user knows as ``name``, and its context; done once, in public.
 
         Returns:

@@ -119,7 +119,7 @@ class ConvolutionalTensors(NamedTuple):
 
 
 class ConvolutionalDynamics(Dynamics):
-    r"""The equations of motion of kernels at every pixel: the state is :math:`[x; \ell]`, (D + 1, B).
+    r"""The equations of motion of kernels at every pixel: the state is :math:`[x; \ell]`.
 
     The equations are those of :class:`~nflows_mongeampere.potentials.ridges.RidgeDynamics`. A
     correlation is a product of the kernels with the neighbourhoods of pixels, a transposed one a
@@ -287,7 +287,7 @@ class _Lines:
         return iter(self._lines)
 
     def look_at(self, x: Tensor, slot: int) -> None:
-        """Take in images that are columns, points (0) or adjoints (1), and forget what is pushed."""
+        """Take in columns of points (0) or of adjoints (1), and forget what is pushed."""
         inside, images = self._inside(self._seen[:, :, slot]), self._images(x)
         for column, here, there in self._shifts():
             inside[:, :, column, here] = images[:, :, there]
@@ -314,9 +314,7 @@ class _Lines:
             for gradient, shape in zip(gradients, shapes, strict=True)
         )
 
-    def collect(
-        self, parts: tuple[Tensor | None, ...], gradients: list[Tensor | None]
-    ) -> None:
+    def collect(self, parts: tuple[Tensor | None, ...], gradients: list[Tensor | None]) -> None:
         """Add parts to the gradients."""
         for number, (part, gradient) in enumerate(zip(parts, gradients, strict=True)):
             if part is None or gradient is None:
@@ -331,11 +329,13 @@ class _Lines:
         """Lines within the border, (H, C, k, W, B), of a tensor (H + k - 1, C·k, W·B)."""
         margin, (channels, height, width) = self._side // 2, self._shape
         inside = lines[margin : margin + height].unflatten(1, (channels, self._side))
-        return inside.unflatten(3, (width, self._batch))
+        pixels: Tensor = inside.unflatten(3, (width, self._batch))
+        return pixels
 
     def _images(self, columns: Tensor) -> Tensor:
         """Images that are columns, (D, B), line by line: (H, C, W, B)."""
-        return columns.unflatten(0, self._shape).transpose(0, 1)
+        images: Tensor = columns.unflatten(0, self._shape).transpose(0, 1)
+        return images
 
     def _shifts(self) -> Iterator[tuple[int, slice, slice]]:
         """Each column of a kernel, the pixels that it reaches from, and those that it reaches."""

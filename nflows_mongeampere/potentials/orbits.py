@@ -25,7 +25,7 @@ FOURIER_SITES = 256
 
 
 class Average(ABC):
-    r"""The average of a potential over a finite group, :math:`\bar u(x) = \langle u(gx) \rangle_g`."""
+    r"""The average of a potential over a finite group, :math:`\langle u(gx) \rangle_g`."""
 
     @abstractmethod
     def value(self, x: Tensor, t: Time | None, context: Tensor | None) -> Tensor:
@@ -39,14 +39,15 @@ class Average(ABC):
 
 
 class ImageAverage(Average):
-    """The average of any potential, by its value at the images of a point: a batch of |G| B rows."""
+    """The average of any potential, by its values at all images: a batch of |G| B rows."""
 
     def __init__(self, potential: Potential, group: Group) -> None:
         self._potential, self._group = potential, group
 
     def value(self, x: Tensor, t: Time | None, context: Tensor | None) -> Tensor:
         values = self._potential._value(*self._images(x, t, context))
-        return values.unflatten(0, (len(self._group), -1)).mean(0)
+        mean: Tensor = values.unflatten(0, (len(self._group), -1)).mean(0)
+        return mean
 
     def dynamics(
         self, inputs: Tensor, context: Tensor | None, evaluations: int, costs: bool
@@ -98,7 +99,9 @@ class RidgeOrbits(Average):
     def value(self, x: Tensor, t: Time | None, context: Tensor | None) -> Tensor:
         ridges, points = self._orbits(context), x.flatten(1)
         activation = ACTIVATIONS[ridges.activation]
-        offset = ridges.offset if ridges.speed is None else ridges.offset + ridges.speed[:, None] * t
+        offset = (
+            ridges.offset if ridges.speed is None else ridges.offset + ridges.speed[:, None] * t
+        )
         if self._lattice is None:
             return ridges.amplitude @ activation.value(torch.addmm(offset, ridges.weight, points.T))
         kernels = kernel_pairs(ridges.weight, self._lattice)
@@ -230,9 +233,7 @@ class LatticeField:
         self._ridges, self._lattice = ridges, lattice
         self.learnt = tuple(t for t in ridges[:-1] if isinstance(t, Tensor) and t.requires_grad)
 
-    def __call__(
-        self, x: Tensor, t: Time | None, context: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: Tensor, t: Time | None, context: Tensor | None) -> tuple[Tensor, Tensor]:
         motion = LatticeDynamics(self._ridges, x, self._lattice)
         rate = motion.rate(0.0 if t is None else t, motion.state)
         return motion.points(rate), motion.logabsdet(rate)
@@ -241,7 +242,8 @@ class LatticeField:
 def spectrum(points: Tensor, lattice: tuple[int, ...]) -> Tensor:
     """Fourier coefficients of fields of shape (B, D), complex, shape (B, 1, L, ...)."""
     fields = points.reshape(len(points), 1, *lattice)
-    return torch.fft.fftn(fields, dim=_sites(lattice))
+    modes: Tensor = torch.fft.fftn(fields, dim=_sites(lattice))
+    return modes
 
 
 def kernel_pairs(rows: Tensor, lattice: tuple[int, ...]) -> Tensor:
@@ -249,7 +251,8 @@ def kernel_pairs(rows: Tensor, lattice: tuple[int, ...]) -> Tensor:
     if len(rows) % 2:
         rows = F.pad(rows, (0, 0, 0, 1))
     pairs = torch.complex(rows[::2], -rows[1::2]).unflatten(1, lattice)
-    return torch.fft.fftn(pairs, dim=_sites(lattice)).conj()
+    kernels: Tensor = torch.fft.fftn(pairs, dim=_sites(lattice)).conj()
+    return kernels
 
 
 def spread(columns: Tensor, lattice: tuple[int, ...]) -> Tensor:
@@ -269,13 +272,15 @@ def correlate(modes: Tensor, kernels: Tensor) -> Tensor:
 def paired_spectrum(values: Tensor, kernels: Tensor) -> Tensor:
     """Fourier coefficients of (B, F) numbers at every site, pairs of rows as complex numbers."""
     pairs = torch.view_as_complex(values.view(len(values), *kernels.shape, 2))
-    return torch.fft.fftn(pairs, dim=_sites(kernels.shape[1:]))
+    modes: Tensor = torch.fft.fftn(pairs, dim=_sites(kernels.shape[1:]))
+    return modes
 
 
 def convolve(modes: Tensor, kernels: Tensor) -> Tensor:
     """The sum of all translates of all rows, each times its number; from (B, pairs, L, ...)."""
     total = (modes * kernels.conj()).sum(1)
-    return torch.fft.ifftn(total, dim=_sites(kernels.shape[1:])).real.flatten(1)
+    fields: Tensor = torch.fft.ifftn(total, dim=_sites(kernels.shape[1:]))
+    return fields.real.flatten(1)
 
 
 def _sites(lattice: tuple[int, ...] | torch.Size) -> tuple[int, ...]:

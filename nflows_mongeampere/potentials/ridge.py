@@ -24,8 +24,8 @@ class RidgePotential(ClosedFormPotential):
 
     has the gradient :math:`\nabla u = W^T (a \odot \sigma'(h))` and the Laplacian
     :math:`\Delta u = (a \odot r) \cdot \sigma''(h)` with :math:`r_j = \|w_j\|^2`. Trajectories
-    stay in the row space of W, which :class:`~nflows_mongeampere.potentials.ridges.ReducedDynamics` uses to integrate them several times
-    faster where there are many dimensions.
+    stay in the row space of W, in whose coordinates they are integrated several times faster where
+    there are many dimensions (:class:`~nflows_mongeampere.potentials.ridges.ReducedDynamics`).
 
     The amplitude starts at zero: a new flow is the identity map.
 
@@ -129,5 +129,5 @@ class RidgePotential(ClosedFormPotential):
     def _value(self, x: Tensor, t: Time | None, context: Tensor | None) -> Tensor:
         h = torch.addmm(self.offset(context), self.weight, x.flatten(1).T)
         if self.time_weight is not None:
-            h = h + self.time_weight[:, None] * t
+            h = h + self.time_weight[:, None] * (0.0 if t is None else t)
         return self.amplitude @ ACTIVATIONS[self.activation].value(h)

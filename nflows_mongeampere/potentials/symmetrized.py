@@ -80,10 +80,6 @@ class SymmetrizedPotential(ClosedFormPotential):
         """Whether the potential that is averaged is."""
         return self.potential.stochastic
 
-    def reset_parameters(self) -> None:
-        """Draw what the averaged potential learns anew."""
-        self.potential.reset_parameters()
-
     def dynamics(
         self, inputs: Tensor, context: Tensor | None, evaluations: int, costs: bool = False
     ) -> Dynamics:

@@ -15,9 +15,10 @@ from tqdm.auto import tqdm
 
 from nflows_mongeampere import validation
 from nflows_mongeampere.atomic import write
+from nflows_mongeampere.models import transports
 from nflows_mongeampere.training.divergence import diverged
 from nflows_mongeampere.training.objectives import Objective
-from nflows_mongeampere.transport import Transport, transports
+from nflows_mongeampere.transport import Transport
 
 
 class SolverGuard(Callback):

@@ -11,8 +11,8 @@ import pytorch_lightning as lightning
 from pytorch_lightning.callbacks import Callback
 
 from nflows_mongeampere import validation
+from nflows_mongeampere.models import transports
 from nflows_mongeampere.training.layers import finite
-from nflows_mongeampere.transport import transports
 
 
 class DivergenceError(RuntimeError):

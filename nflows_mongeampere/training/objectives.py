@@ -14,11 +14,12 @@ from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from nflows_mongeampere import validation
+from nflows_mongeampere.costs import unrecorded
 from nflows_mongeampere.integration import IntegrationError
+from nflows_mongeampere.models import refined, transport_costs, transports
 from nflows_mongeampere.training.batches import mix
 from nflows_mongeampere.training.divergence import diverged
 from nflows_mongeampere.training.layers import finite, first_not_finite
-from nflows_mongeampere.transport import refined, transport_costs, transports
 from nflows_mongeampere.variational import (
     conditional,
     require_density,
@@ -410,18 +411,14 @@ class ReverseKL(Objective):
 def _held(flow: nn.Module) -> Iterator[None]:
     """The flow is a given density within: it does not learn, and its costs are not recorded."""
     trained = [parameter for parameter in flow.parameters() if parameter.requires_grad]
-    recorders = [(transport, transport._costs) for transport in transports(flow)]
     for parameter in trained:
         parameter.requires_grad_(False)
-    for transport, _ in recorders:
-        transport._costs = None
     try:
-        yield
+        with unrecorded():
+            yield
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-        for transport, costs in recorders:
-            transport._costs = costs
 
 
 def _seeded(seed: int, evaluate: Callable[[Any], Result], batch: Any) -> Result:

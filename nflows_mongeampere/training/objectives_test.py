@@ -19,10 +19,10 @@ from nflows_mongeampere import (
     refined,
     transport_costs,
 )
+from nflows_mongeampere.models import transports
 from nflows_mongeampere.normflows import MongeAmpere
 from nflows_mongeampere.training import MaximumLikelihood, Objective, ReverseKL
 from nflows_mongeampere.training.layers import observed
-from nflows_mongeampere.transport import transports
 from nflows_mongeampere.variational import sample_and_log_prob
 
 
