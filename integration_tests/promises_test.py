@@ -1,6 +1,7 @@
-"""What every flow promises, walked through potential x activation x solver x sensitivity x face."""
+"""What every flow promises, for every pair of potential, activation, solver and sensitivity."""
 
 import io
+import itertools
 import subprocess
 import sys
 
@@ -8,11 +9,30 @@ import pytest
 import torch
 
 import nflows_mongeampere
-from cases import CASES, FACES, POTENTIALS, ROUND_TRIP, SENSITIVITIES, Case, Model
+from cases import (
+    CASES,
+    COMBINATIONS,
+    FACES,
+    POTENTIALS,
+    ROUND_TRIP,
+    SENSITIVITIES,
+    Case,
+    Model,
+    covering,
+)
 from nflows_mongeampere.dynamics import DirectDynamics, ReducedDynamics
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 every_face = pytest.mark.parametrize("face", FACES)
+
+
+def test_few_cases_show_every_pair():
+    def pairs(rows):
+        return {pair for row in rows for pair in itertools.combinations(enumerate(row), 2)}
+
+    chosen = covering(COMBINATIONS)
+    assert pairs(chosen) == pairs(COMBINATIONS)
+    assert len(chosen) < len(COMBINATIONS) / 5
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from nflows_mongeampere import MongeAmpereTransform, RidgePotential
 EXPLICIT = [s for s in ROUND_TRIP if s != "ieuler"]
 every_potential = pytest.mark.parametrize("potential", POTENTIALS)
 every_solver = pytest.mark.parametrize("solver", ROUND_TRIP)
-softplus_cases = [case for case in CASES if case.activation == "softplus"]
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
 def in_single_precision(model, x, context):
@@ -31,7 +31,7 @@ def in_single_precision(model, x, context):
     return model, x.float(), None if context is None else context.float()
 
 
-@pytest.mark.parametrize("case", softplus_cases, ids=str)
+@every_case
 def test_single_precision(case):
     x, context = case.batch()
     # implicit Euler's root is found to the square root of the precision
@@ -52,7 +52,7 @@ def test_single_precision(case):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("case", softplus_cases, ids=str)
+@every_case
 def test_gpu(case):
     model = Model(case)
     if case.potential == "hutchinson":
@@ -241,7 +241,7 @@ def test_compile(potential, solver, backend):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("case", softplus_cases, ids=str)
+@every_case
 def test_inference_mode(case):
     model = Model(case)
     x, context = case.batch()
@@ -268,7 +268,7 @@ def global_state():
     }
 
 
-@pytest.mark.parametrize("case", softplus_cases, ids=str)
+@every_case
 def test_manners(case, capfd):
     """No state but its own is touched, nothing is printed, nobody is warned."""
     model = Model(case)
