@@ -1,0 +1,86 @@
+"""Fourier modes of fields on a lattice, in which translation-invariant Gaussians are diagonal."""
+
+from __future__ import annotations
+
+import torch
+from nflows.transforms import Transform
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
+
+from nflows_mongeampere import validation
+from nflows_mongeampere.averages import Average
+from nflows_mongeampere.groups import point_group
+
+
+class LatticeModes(Transform):
+    r"""Stretch each Fourier mode of fields on a periodic lattice, a transform of nflows.
+
+    From data to noise it maps
+
+    .. math:: \hat x_k \mapsto e^{-s_k} \hat x_k, \qquad
+              \ln\left|\frac{dz}{dx}\right| = -\sum_k s_k,
+
+    with one scale :math:`s_k` for each mode. They are learned with the point group of the lattice:
+    modes that a rotation or reflection exchanges have the same scale. Before a standard normal it
+    makes the Gaussian whose modes have the variances :math:`e^{2 s_k}`, which is any Gaussian with
+    the symmetries of the lattice: its covariance is circulant, and the Fourier transform
+    diagonalises it.
+
+    Reference: Gray, *Toeplitz and Circulant Matrices: A Review*, `doi:10.1561/0100000006
+    <https://doi.org/10.1561/0100000006>`_, chapter 3.
+
+    Args:
+        log_scale: :math:`s` at the start, shape (L, M), in the order of :func:`torch.fft.fft2`;
+            what the point group does not leave alone is averaged.
+
+    Raises:
+        TypeError: if ``log_scale`` is no tensor of floating-point numbers.
+        ValueError: if it is not two-dimensional.
+
+    Example:
+        >>> import torch
+        >>> from nflows.distributions import StandardNormal
+        >>> from nflows.flows import Flow
+        >>> from nflows_mongeampere.modes import LatticeModes
+        >>> modes = LatticeModes(torch.zeros(4, 4))
+        >>> Flow(modes, StandardNormal([16])).log_prob(torch.zeros(2, 16)).shape
+        torch.Size([2])
+    """
+
+    def __init__(self, log_scale: Tensor) -> None:
+        super().__init__()
+        if not isinstance(log_scale, Tensor) or not log_scale.is_floating_point():
+            raise TypeError(
+                f"log_scale: got {validation.describe(log_scale)}, expected a floating-point "
+                "tensor of shape (L, M)"
+            )
+        if log_scale.dim() != 2:
+            raise ValueError(
+                f"log_scale: got shape {tuple(log_scale.shape)}, expected (L, M), the sides of "
+                "the lattice"
+            )
+        self.log_scale = nn.Parameter(log_scale.detach().clone())
+        register_parametrization(self, "log_scale", Average(point_group(tuple(log_scale.shape))))
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        r"""Data to noise.
+
+        Args:
+            inputs: fields, shape (B, ...) with L·M entries in each row, in C order.
+            context: ignored.
+
+        Returns:
+            Noise in the shape of ``inputs``, and :math:`\ln|dz/dx|` in nats, shape (B,).
+        """
+        return self._stretch(inputs, -self.log_scale)
+
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        r"""Noise to data, with :math:`\ln|dx/dz|`; arguments as in :meth:`forward`."""
+        return self._stretch(inputs, self.log_scale)
+
+    def _stretch(self, inputs: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
+        sides = log_scale.shape
+        modes = torch.fft.rfft2(inputs.reshape(-1, *sides))
+        modes = modes * log_scale.exp()[:, : modes.shape[-1]]
+        outputs = torch.fft.irfft2(modes, s=sides).view_as(inputs)
+        return outputs, log_scale.sum().expand(len(inputs))

@@ -1,0 +1,48 @@
+import itertools
+import math
+
+import pytest
+import torch
+from nflows.distributions import StandardNormal
+from nflows.flows import Flow
+from torch.distributions import MultivariateNormal
+
+from nflows_mongeampere.groups import point_group, translations
+from nflows_mongeampere.modes import LatticeModes
+
+
+@pytest.mark.parametrize("sides", [(4, 4), (3, 3), (2, 5)])
+def test_inverse_determinant_and_symmetries(sides):
+    modes = LatticeModes(torch.randn(sides, dtype=torch.float64))
+    x = torch.randn(2, math.prod(sides), dtype=torch.float64)
+    noise, logabsdet = modes(x)
+    back, inverse_logabsdet = modes.inverse(noise)
+    torch.testing.assert_close(back, x)
+    torch.testing.assert_close(inverse_logabsdet, -logabsdet)
+    jacobian = torch.autograd.functional.jacobian(lambda row: modes(row[None])[0][0], x[0])
+    torch.testing.assert_close(torch.linalg.slogdet(jacobian)[1], logabsdet[0])
+    flow = Flow(modes, StandardNormal([math.prod(sides)]))
+    for image in [*translations(sides).act(x), *point_group(sides).act(x)]:
+        torch.testing.assert_close(flow.log_prob(image), flow.log_prob(x))
+
+
+def test_the_density_is_the_gaussian_of_its_spectrum():
+    """A circulant covariance, of which the scales are half the log-spectrum."""
+    average = point_group((3, 3)).act(torch.randn(1, 9, dtype=torch.float64)).mean(0)
+    variances = average.exp().view(3, 3)
+    row = torch.fft.ifft2(variances).real  # of the first site with all others
+    sites = itertools.product(range(3), range(3))
+    covariance = torch.stack([row.roll(site, (0, 1)).flatten() for site in sites])
+    x = torch.randn(5, 3, 3, dtype=torch.float64)
+    outputs, logabsdet = LatticeModes(variances.log() / 2)(x)
+    assert outputs.shape == x.shape
+    found = logabsdet - (outputs.square().sum((1, 2)) + 9 * math.log(2 * math.pi)) / 2
+    expected = MultivariateNormal(torch.zeros(9).double(), covariance).log_prob(x.flatten(1))
+    torch.testing.assert_close(found, expected)
+
+
+def test_mistakes_name_the_argument():
+    with pytest.raises(ValueError, match=r"^log_scale: got shape \(16,\), expected \(L, M\)"):
+        LatticeModes(torch.zeros(16))
+    with pytest.raises(TypeError, match=r"^log_scale: got a tensor of shape \(4, 4\), torch.int64"):
+        LatticeModes(torch.zeros(4, 4).long())
