@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nflows_mongeampere import validation
 from nflows_mongeampere.accuracy import AccuracyWarning
-from nflows_mongeampere.transport import refined, transports
+from nflows_mongeampere.models import refined, transports
 
 Figure = TypeVar("Figure", float, Tensor)
 

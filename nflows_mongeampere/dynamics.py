@@ -95,7 +95,8 @@ class Dynamics(ABC):
         Args:
             t: the time of the evaluation.
             kept: what :meth:`stage` kept.
-            adjoint: :math:`\lambda`, in the shape of the state.
+            adjoint: :math:`\lambda`, in the shape of the state; or its coordinates alone, where
+                the rest is zero.
             gradients: :math:`(\partial f / \partial \theta)^T \lambda` is added to each of these
                 that is not None.
 
@@ -104,6 +105,7 @@ class Dynamics(ABC):
             others are zero.
         """
         point, rate = kept
+        rate = rate[: len(adjoint)]
         wanted = [i for i, gradient in enumerate(gradients) if gradient is not None]
         targets: list[Any] = [point, *(self.tensors[i] for i in wanted)]
         if not rate.requires_grad:
@@ -170,6 +172,60 @@ class FieldDynamics(Dynamics):
             along_path = (in_space * velocity).sum() + in_time
             (rate,) = derivatives(along_path, (weights,), keep_graph)
         return rate
+
+
+class ScoredDynamics(Dynamics):
+    r"""Equations of motion that carry the score of the density along, above which they stand.
+
+    The slope :math:`s = \nabla \ln p_t(x(t))` of the log-density that moves with a flow obeys
+
+    .. math:: \frac{ds}{dt} = -(\nabla \nabla u)^T s - \nabla \Delta u,
+
+    the negative product of the Jacobian with the adjoint :math:`[s; 1]` (Vaitl, Nicoli, Nakajima
+    and Kessel, `arXiv:2206.09016 <https://arxiv.org/abs/2206.09016>`_). The state is that of the
+    dynamics, then s. Gradients go through the points alone: the score is a given number to them.
+
+    Args:
+        dynamics: equations of motion in x, with a gradient by hand.
+        score: at the starting points, shape (B, ...).
+    """
+
+    by_hand = True
+
+    def __init__(self, dynamics: Dynamics, score: Tensor) -> None:
+        self._dynamics, self._event_shape = dynamics, score.shape[1:]
+        self.coordinates, self.tensors = dynamics.coordinates, dynamics.tensors
+        self._size = len(dynamics.state)
+        slopes = torch.zeros_like(dynamics.state[: self.coordinates]).detach()
+        slopes[: self._event_shape.numel()] = score.detach().flatten(1).T
+        self.state = torch.cat([dynamics.state, slopes])
+
+    def rate(self, t: Time, state: Tensor) -> Tensor:
+        return self.stage(t, state)[0]
+
+    def stage(self, t: Time, state: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        rate, kept = self._dynamics.stage(t, state[: self._size])
+        one = torch.ones_like(state[:1])
+        adjoint = torch.cat([state[self._size :], one])
+        slopes = self._dynamics.pullback(t, kept, adjoint, [None] * len(self.tensors))
+        return torch.cat([rate, slopes.neg_()]), kept
+
+    def pullback(
+        self,
+        t: Time,
+        kept: tuple[Tensor, ...],
+        adjoint: Tensor,
+        gradients: list[Tensor | None],
+    ) -> Tensor:
+        return self._dynamics.pullback(t, kept, adjoint[: self.coordinates], gradients)
+
+    def points(self, state: Tensor) -> Tensor:
+        return self._dynamics.points(state)
+
+    def score(self, state: Tensor) -> Tensor:
+        """The score of a state, in the shape of the inputs."""
+        slopes = state[self._size :].detach()
+        return as_rows(slopes[: self._event_shape.numel()], self._event_shape)
 
 
 def start(inputs: Tensor, integrals: int) -> Tensor:

@@ -18,6 +18,7 @@ from nflows_mongeampere import accuracy, validation
 from nflows_mongeampere.accuracy import AccuracyWarning, ErrorEstimate, StepChoice
 from nflows_mongeampere.configured import Configured
 from nflows_mongeampere.costs import recorders_of
+from nflows_mongeampere.dynamics import ScoredDynamics
 from nflows_mongeampere.integration import Integrator
 from nflows_mongeampere.potentials import Potential
 
@@ -213,6 +214,29 @@ class Transport(Configured, nn.Module):
         points, logabsdet = zip(*path, strict=True)
         grid = torch.tensor(moments, dtype=points[0].dtype, device=points[0].device)
         return Trajectory(grid, torch.stack(points), torch.stack(logabsdet))
+
+    def carry_score(
+        self, inputs: Tensor, score: Tensor, context: Tensor | None, to_data: bool
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        r"""The map with the score :math:`\nabla \ln p` of the density that it carries, in one solve.
+
+        Args:
+            inputs: shape (B, ...).
+            score: of the density of the inputs, in their shape.
+            context: one row for each input, or None.
+            to_data: whether from noise to data.
+
+        Returns:
+            Outputs, log-determinants, and the score of the density of the outputs, through which no
+            gradient goes; or None where the potential or the solver has no gradient by hand.
+        """
+        inputs, context = self.potential.accept("inputs", inputs, context)
+        dynamics = self.potential.dynamics(inputs, context, evaluations=1)
+        if not (dynamics.by_hand and self.integrator.method.reversible) or self.integrator.adaptive:
+            return None
+        scored = ScoredDynamics(dynamics, score)
+        state = self.integrator.solve(scored, self._ends(to_data), self.time)[-1]
+        return scored.points(state), scored.logabsdet(state), scored.score(state)
 
     def _map(
         self, name: str, inputs: Tensor, context: Tensor | None, to_data: bool

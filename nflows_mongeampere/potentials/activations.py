@@ -34,6 +34,26 @@ class Activation(ABC):
     def steepness(self, p: Tensor, out: Tensor | None = None) -> Tensor:
         r""":math:`\sigma''' / \sigma''`, as a function of :math:`p`."""
 
+    def pull_back(
+        self, p: Tensor, force: Tensor, bend: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        r"""The adjoint of h, from those of the first and of the second derivative.
+
+        .. math:: g = \sigma^{(2)} \odot force + \sigma^{(3)} \odot bend
+
+        Args:
+            p: the first derivative.
+            force: its adjoint, written over.
+            bend: the adjoint of the second derivative, or None where it is zero.
+
+        Returns:
+            g and the second derivative.
+        """
+        second = self.second(p)
+        if bend is not None:
+            force.addcmul_(bend, self.steepness(p))
+        return force.mul_(second), second
+
     def third(self, p: Tensor) -> Tensor:
         r""":math:`\sigma'''`, as a function of :math:`p`."""
         return self.second(p) * self.steepness(p)

@@ -174,7 +174,7 @@ class ConvolutionalDynamics(Dynamics):
         gradients: list[Tensor | None],
     ) -> Tensor:
         lines, (x,), activation = self._lines, kept, self._activation
-        of_l = adjoint[self.coordinates]
+        of_l = adjoint[self.coordinates :]
         lines.look_at(x, 0)
         lines.look_at(adjoint[: self.coordinates], 1)
         g, second, projected = lines.g.full, lines.second.full, lines.projected
@@ -183,11 +183,14 @@ class ConvolutionalDynamics(Dynamics):
             torch.mm(lines.rows, line.seen[1], out=lines.products)
             p = activation.first(lines.h.full.add_(line.bias), out=lines.h.full)
             activation.second(p, out=second)
-            activation.steepness(p, out=g).mul_(of_l).mul_(line.bend)
-            g.addcmul_(projected, line.amplitude).mul_(second)
+            torch.mul(projected, line.amplitude, out=g)
+            if len(of_l):
+                activation.steepness(p, out=lines.push).mul_(of_l[0])
+                g.addcmul_(lines.push, line.bend)
+            g.mul_(second)
             line.pushed.addmm_(lines.transposed, lines.g.flat)
-            if d_curvature is not None:
-                d_curvature[number].addmv_(lines.second.flat, of_l)
+            if d_curvature is not None and len(of_l):
+                d_curvature[number].addmv_(lines.second.flat, of_l[0])
             if d_amplitude is not None:
                 d_amplitude[number] = projected.mul_(p).sum(2)
             if d_bias is not None:

@@ -99,9 +99,9 @@ class RidgeOrbits(Average):
     def value(self, x: Tensor, t: Time | None, context: Tensor | None) -> Tensor:
         ridges, points = self._orbits(context), x.flatten(1)
         activation = ACTIVATIONS[ridges.activation]
-        offset = (
-            ridges.offset if ridges.speed is None else ridges.offset + ridges.speed[:, None] * t
-        )
+        offset = ridges.offset
+        if ridges.speed is not None:
+            offset = offset + ridges.speed[:, None] * (0.0 if t is None else t)
         if self._lattice is None:
             return ridges.amplitude @ activation.value(torch.addmm(offset, ridges.weight, points.T))
         kernels = kernel_pairs(ridges.weight, self._lattice)
@@ -200,12 +200,11 @@ class LatticeDynamics(Dynamics):
     ) -> Tensor:
         modes, p = kept
         kernels, amplitude, curvature, _, _ = self.tensors
-        of_l = adjoint[self.coordinates]
+        of_l = adjoint[self.coordinates :]
         of_modes = spectrum(adjoint[: self.coordinates].T, self._lattice)
         projected = correlate(of_modes, kernels)
-        second = self._activation.second(p)
-        g = amplitude * projected
-        g.addcmul_(of_l[:, None] * curvature, self._activation.steepness(p)).mul_(second)
+        bend = of_l.T * curvature if len(of_l) else None
+        g, second = self._activation.pull_back(p, amplitude * projected, bend)
         g_modes = paired_spectrum(g, kernels)
         d_kernels, d_amplitude, d_curvature, d_offset, d_speed = gradients
         if d_kernels is not None:
@@ -214,8 +213,8 @@ class LatticeDynamics(Dynamics):
             d_kernels.add_(total, alpha=1 / self.coordinates)
         if d_amplitude is not None:
             d_amplitude.add_((p * projected).sum(0))
-        if d_curvature is not None:
-            d_curvature.add_(of_l @ second)
+        if d_curvature is not None and len(of_l):
+            d_curvature.add_(of_l[0] @ second)
         if d_offset is not None:
             d_offset.add_(g if len(d_offset) > 1 else g.sum(0))
         if d_speed is not None:

@@ -114,16 +114,15 @@ class RidgeDynamics(Dynamics):
     ) -> Tensor:
         x, p = kept
         rows, push, curvature, _, _ = self.tensors
-        of_x, of_l = adjoint[:-2], adjoint[-1:]
-        second = self._activation.second(p)
-        g = push.T @ of_x
-        g.addcmul_(curvature.T * of_l, self._activation.steepness(p)).mul_(second)
+        of_x, of_l = adjoint[: self._features], adjoint[self.coordinates :]
+        bend = curvature.T * of_l if len(of_l) else None
+        g, second = self._activation.pull_back(p, push.T @ of_x, bend)
         d_rows, d_push, d_curvature, d_moved, d_speed = gradients
         if d_rows is not None:
             d_rows.addmm_(x, g.T)
         if d_push is not None:
             d_push.addmm_(of_x, p.T)
-        if d_curvature is not None:
+        if d_curvature is not None and len(of_l):
             d_curvature.addmm_(of_l, second.T)
         if d_moved is not None:
             d_moved.add_(g)
@@ -213,15 +212,14 @@ class ReducedDynamics(Dynamics):
         s, p = kept
         gram, _, amplitude, curvature, _ = self.tensors
         of_s, of_l = adjoint[: self.coordinates], adjoint[self.coordinates :]
-        second = self._activation.second(p)
-        g = amplitude * of_s
-        g.addcmul_(curvature.T * of_l, self._activation.steepness(p)).mul_(second)
+        bend = curvature.T * of_l if len(of_l) else None
+        g, second = self._activation.pull_back(p, amplitude * of_s, bend)
         d_gram, d_origin, d_amplitude, d_curvature, d_speed = gradients
         if d_gram is not None:
             d_gram.addmm_(g, s.T)
         if d_amplitude is not None:
             d_amplitude.add_((of_s * p).sum(1, keepdim=True))
-        if d_curvature is not None:
+        if d_curvature is not None and len(of_l):
             d_curvature.addmm_(of_l, second.T)
         if d_origin is not None:
             d_origin.add_(g)

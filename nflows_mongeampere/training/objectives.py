@@ -20,6 +20,7 @@ from nflows_mongeampere.models import refined, transport_costs, transports
 from nflows_mongeampere.training.batches import mix
 from nflows_mongeampere.training.divergence import diverged
 from nflows_mongeampere.training.layers import finite, first_not_finite
+from nflows_mongeampere.training.scores import sample_with_score
 from nflows_mongeampere.variational import (
     conditional,
     require_density,
@@ -313,11 +314,8 @@ class ReverseKL(Objective):
     ``log_prob``, a batch is a batch of contexts (the last tensor, if it has several), over which F
     is averaged; else batches only count the steps. The keywords are those of :class:`Objective`.
 
-    The ``solver_error`` is that of what the training descends. Without path gradients this is F
-    with :math:`\ln q` from sampling: it is compared at the flow's steps and at twice as many, with
-    the same noise. With path gradients it is :math:`\ln q` by the inverse: that of some samples at
-    the flow's steps is compared with the one from their sampling at twice as many. Either takes
-    one solve at the flow's steps and one at twice.
+    The ``solver_error`` is that of F with the same noise, at the flow's steps and at twice as many:
+    one solve each.
 
     Lightning's ``trainer.predict`` gives, for each batch, samples with their log-density.
 
@@ -330,8 +328,9 @@ class ReverseKL(Objective):
         path_gradient: whether the gradient leaves out the score, :math:`\partial_\theta \ln q(x)`
             at fixed :math:`x`, whose mean is zero. What is left, the gradient along the path of
             the samples, has no noise where :math:`q` is the target, and does not see whether the
-            solver keeps :math:`q` normalised; it takes the inverse of the flow as well, about
-            twice the time. The flow's ``log_prob`` has to be the density of its samples, which
+            solver keeps :math:`q` normalised. The slope of :math:`\ln q` is carried along the path
+            (:func:`~nflows_mongeampere.training.scores.sample_with_score`); where a layer cannot
+            carry it, it takes the inverse of the flow as well, about twice the time. The flow's ``log_prob`` has to be the density of its samples, which
             stochastic layers and random Laplacians break. Roeder, Wu and Duvenaud,
             `arXiv:1703.09194 <https://arxiv.org/abs/1703.09194>`_.
 
@@ -370,21 +369,26 @@ class ReverseKL(Objective):
         self._conditional = conditional(flow, target)
 
     def losses(self, batch: Any) -> Tensor:
+        if self.path_gradient and torch.is_grad_enabled():
+            return self._path_losses(batch)
         x, log_q = self._draw(batch)
-        if self.path_gradient and torch.is_grad_enabled() and finite(x):
-            with _held(self.flow):
-                log_q = self._log_prob(x, batch)
         self.entries = x[0].numel()
         return log_q - target_log_prob(self.target, x, self._context(batch))
 
-    def judge(self, batch: Any, seed: int) -> tuple[Tensor, Tensor | None]:
-        if not self.path_gradient or not transports(self.flow):
-            return super().judge(batch, seed)
-        with refined(self.flow):
-            x, log_q = _seeded(seed, self._draw, batch)
-        losses = log_q - target_log_prob(self.target, x, self._context(batch))
-        few = slice(None, None, math.ceil(len(x) / WATCHED_ROWS))
-        return losses, self._log_prob(x, batch, few) - log_q[few]
+    def _path_losses(self, batch: Any) -> Tensor:
+        """The losses, with the gradient along the path of the samples alone."""
+        scored = None if self._conditional else sample_with_score(self.flow, self.num_samples)
+        if scored is None:
+            x, log_q = self._draw(batch)
+            if finite(x):
+                with _held(self.flow):
+                    log_q = self._log_prob(x, batch)
+        else:
+            x = scored.x
+            along = (scored.score * x).flatten(1).sum(1)
+            log_q = scored.log_prob + along - along.detach()
+        self.entries = x[0].numel()
+        return log_q - target_log_prob(self.target, x, self._context(batch))
 
     def watched(self, batch: Any) -> Any:
         return batch

@@ -1,0 +1,100 @@
+"""Samples of a flow with the slope of their log-density, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from nflows.transforms import CompositeTransform, InverseTransform
+from torch import Tensor, nn
+
+from nflows_mongeampere.transport import Transport
+
+class Scored(NamedTuple):
+    r"""Samples, the log-density :math:`\ln q(x)` and its slope :math:`\nabla \ln q(x)`.
+
+    Attributes:
+        x: with the graph of the way that they came, shape (N, ...).
+        log_prob: shape (N,), without a graph.
+        score: in the shape of ``x``, without a graph.
+    """
+
+    x: Tensor
+    log_prob: Tensor
+    score: Tensor
+
+
+def sample_with_score(flow: nn.Module, num_samples: int) -> Scored | None:
+    r"""Samples with their score, in one solve for each Monge-Ampère flow.
+
+    A Monge-Ampère flow carries the score along its path
+    (:class:`~nflows_mongeampere.dynamics.ScoredDynamics`). Through any other layer
+    :math:`x = g(z)` it goes by the derivative of its inverse,
+    :math:`\nabla \ln q(x) = J_{g^{-1}}^T \nabla \ln q(z) + \nabla \ln|\det J_{g^{-1}}|`.
+
+    Args:
+        flow: an unconditional flow of nflows or model of normflows.
+        num_samples: N.
+
+    Returns:
+        The samples, or None where some Monge-Ampère flow cannot carry the score.
+    """
+    z, log_prob, score = _base(flow, num_samples)
+    state = Scored(z, log_prob, score)
+    for layer, forward in _towards_data(flow):
+        after = _carry(layer, forward, state)
+        if after is None:
+            return None
+        state = after
+    return state
+
+
+def _base(flow: Any, num_samples: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Samples of the base distribution, with their log-density and score."""
+    nflows = hasattr(flow, "_distribution")
+    base = flow._distribution if nflows else flow.q0
+    z = base.sample(num_samples) if nflows else base(num_samples)[0]
+    point = z.detach().requires_grad_()
+    log_prob = base.log_prob(point)
+    (score,) = torch.autograd.grad(log_prob.sum(), point)
+    return z, log_prob.detach(), score
+
+
+def _towards_data(flow: Any) -> Iterator[tuple[nn.Module, bool]]:
+    """The layers from noise to data, and whether each is taken by its ``forward``."""
+    if hasattr(flow, "_transform"):
+        yield from _parts(flow._transform, forward=False)
+    else:
+        for layer in flow.flows:
+            yield from _parts(layer, forward=True)
+
+
+def _parts(layer: Any, forward: bool) -> Iterator[tuple[nn.Module, bool]]:
+    """The layers of a composite one."""
+    if isinstance(layer, InverseTransform):
+        yield from _parts(layer._transform, not forward)
+    elif isinstance(layer, CompositeTransform):
+        for part in layer._transforms if forward else reversed(layer._transforms):
+            yield from _parts(part, forward)
+    else:
+        yield layer, forward
+
+
+def _carry(layer: Any, forward: bool, state: Scored) -> Scored | None:
+    x, log_prob, score = state
+    if isinstance(layer, Transport):
+        carried = layer.carry_score(x, score, None, forward == layer._forward_to_data)
+        if carried is None:
+            return None
+        outputs, logabsdet, score = carried
+    else:
+        ahead, back = layer.forward, layer.inverse
+        if not forward:
+            ahead, back = back, ahead
+        outputs, logabsdet = ahead(x)
+        point = outputs.detach().requires_grad_()
+        origin, logabsdet_back = back(point)
+        along = (origin * score).sum() + logabsdet_back.sum()
+        (score,) = torch.autograd.grad(along, point)
+    return Scored(outputs, log_prob - logabsdet.detach(), score)
