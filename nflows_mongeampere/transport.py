@@ -19,8 +19,13 @@ from nflows_mongeampere.accuracy import AccuracyWarning, ErrorEstimate, StepChoi
 from nflows_mongeampere.configured import Configured
 from nflows_mongeampere.costs import recorders_of
 from nflows_mongeampere.dynamics import ScoredDynamics
-from nflows_mongeampere.integration import Integrator
+from nflows_mongeampere.integration import Integrator, Solve
+from nflows_mongeampere.integration.defects import Slopes
 from nflows_mongeampere.potentials import Potential
+
+# A training looks at the solver's error in every so many solves, and is warned where its mean is
+# more than so many nats, and so many for each entry of an event.
+WATCHED_SOLVES, EXPLOITED = 20, (0.05, 1e-3)
 
 
 class Trajectory(NamedTuple):
@@ -80,6 +85,8 @@ class Transport(Configured, nn.Module):
         # the base distribution of a flow that has nothing else, in a tuple that hides it
         self._base: tuple[Any, ...] = ()
         self._evaluations, self._warned = 0, False
+        self._slopes: Slopes | None = None
+        self._solves, self._exploited = 0, 0
 
     def arguments(self) -> dict[str, Any]:
         return {"potential": self.potential, "time": self.time, **self.integrator.arguments()}
@@ -218,7 +225,7 @@ class Transport(Configured, nn.Module):
     def carry_score(
         self, inputs: Tensor, score: Tensor, context: Tensor | None, to_data: bool
     ) -> tuple[Tensor, Tensor, Tensor] | None:
-        r"""The map with the score :math:`\nabla \ln p` of the density that it carries, in one solve.
+        r"""The map, with the score :math:`\nabla \ln p` of the density that moves along.
 
         Args:
             inputs: shape (B, ...).
@@ -250,9 +257,43 @@ class Transport(Configured, nn.Module):
             to_data: whether from noise to data.
         """
         result = self._follow(name, inputs, context, self._ends(to_data))[-1]
-        if self.tolerance is not None and not torch.is_grad_enabled() and len(inputs) > 0:
+        if self.training and torch.is_grad_enabled():
+            self._watch_training(result[0])
+        elif self.tolerance is not None and len(inputs) > 0 and not torch.is_grad_enabled():
             self._watch(inputs, context, to_data, self.tolerance)
         return result
+
+    @property
+    def solver_error(self) -> Tensor | None:
+        r"""About how far the log-determinants of the last batch are off in nats, shape (B,).
+
+        An estimate from the stages of the solve, at no further evaluation
+        (:mod:`~nflows_mongeampere.integration.defects`); :meth:`estimate_error` is more accurate.
+        None before the first batch, for adaptive solvers, which meet their tolerance, and where
+        there is nothing to compare.
+        """
+        return None if self._slopes is None else self._slopes.error()
+
+    def _watch_training(self, outputs: Tensor) -> None:
+        """Warn, once, of a training that lives off the error of its solver; look now and then."""
+        self._solves += 1
+        if self._exploited > 1 or self._solves % WATCHED_SOLVES:
+            return
+        error = self.solver_error
+        if error is None or not torch.is_grad_enabled():
+            return
+        found = float(error.mean())
+        allowed = EXPLOITED[0] + EXPLOITED[1] * outputs[0].numel()
+        # twice in a row, because a steep start may pass
+        self._exploited = self._exploited + 1 if found > allowed else 0
+        if self._exploited > 1:
+            warnings.warn(
+                f"the training of {place_of(self)} lives off its solver: log-densities are off by "
+                f"about {found:.2g} nats at steps={self.steps}. Take more steps, a lower learning "
+                "rate or penalties on the costs of transport, or train with SolverGuard",
+                AccuracyWarning,
+                stacklevel=callers_level(),
+            )
 
     def _ends(self, to_data: bool) -> tuple[float, float]:
         return (0.0, self.time) if to_data else (self.time, 0.0)
@@ -291,7 +332,9 @@ class Transport(Configured, nn.Module):
         if len(inputs) == 0:
             states = [dynamics.state] * len(times)
         else:
-            states = integrator.solve(dynamics, times, self.time)
+            solve = Solve(integrator, dynamics, times, self.time)
+            states = solve.run()
+            self._slopes = solve.slopes()
         for recorder in recorders:
             sign = 1 if times[-1] > times[0] else -1
             recorder.add(*(sign * cost for cost in dynamics.costs(states[-1])))
@@ -379,3 +422,15 @@ def callers_level() -> int:
             break
         frame, level = frame.f_back, level + 1
     return level
+
+
+def place_of(layer: nn.Module) -> str:
+    """Where a layer is in the outermost module that is being called, with its type."""
+    name, frame = "", sys._getframe(1)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module):
+            names = [name for name, module in owner.named_modules() if module is layer]
+            name = f"{names[0]}, a " if names and names[0] else name
+    return f"{name}{type(layer).__name__}"

@@ -41,7 +41,8 @@ class ImplicitEuler(Method):
                 f"solver ImplicitEuler found no solution of its step ({error}): the potential is "
                 "too steep; use more steps or smaller weights"
             ) from error
-        return _attach_gradient(root.detach(), rate, t, dt, y), []
+        root = root.detach()
+        return _attach_gradient(root, rate, t, dt, y), [(root - y).detach() / dt]
 
     def error(self, dt: float, slopes: Sequence[Tensor], last: Any) -> Tensor:
         raise NotImplementedError

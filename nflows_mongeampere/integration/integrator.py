@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchdyn.numerics.solvers.ode import SOLVER_DICT, AsynchronousLeapfrog, str_to_solver
+from torchdyn.numerics.solvers.ode import SOLVER_DICT, str_to_solver
 from torchdyn.numerics.utils import adapt_step, init_step
 
 from nflows_mongeampere import validation
 from nflows_mongeampere.differentiation import transformed
 from nflows_mongeampere.dynamics import Dynamics
 from nflows_mongeampere.integration import adjoints
+from nflows_mongeampere.integration.defects import Slopes
 from nflows_mongeampere.integration.discrete import DiscreteAdjoint
 from nflows_mongeampere.integration.errors import IntegrationError
 from nflows_mongeampere.integration.implicit import ImplicitEuler
@@ -81,16 +82,7 @@ class Integrator:
         validation.positive("atol", self.atol)
         validation.positive("rtol", self.rtol)
         validation.integer("max_steps", self.max_steps)
-        if isinstance(self._torchdyn, AsynchronousLeapfrog):
-            self._check_leapfrog(self._torchdyn.stepping_class)
-
-    def _check_leapfrog(self, stepping_class: str) -> None:
-        if stepping_class == "adaptive":
-            raise ValueError(
-                "solver: got an adaptive AsynchronousLeapfrog, whose error estimate does not "
-                "shrink with its steps; use one with stepping_class='fixed', or 'dopri5'"
-            )
-        if self._continuous:
+        if self.method.augmented and self.continuous:
             raise ValueError(
                 f"sensitivity: got {self.sensitivity!r} with solver {self.solver!r}, whose state "
                 "torchdyn's adjoints cannot carry; use sensitivity='recompute'"
@@ -101,7 +93,7 @@ class Integrator:
         return {setting.name: getattr(self, setting.name) for setting in fields(self)}
 
     @cached_property
-    def _torchdyn(self) -> nn.Module:
+    def torchdyn(self) -> nn.Module:
         """The torchdyn solver, ours alone."""
         if isinstance(self.solver, str):
             solver: nn.Module = str_to_solver(self.solver, torch.float64)
@@ -112,7 +104,7 @@ class Integrator:
     def method(self) -> Method:
         """One step of the solver."""
         known = {**EXPLICIT, ImplicitEuler.solver: ImplicitEuler}
-        return known.get(type(self._torchdyn), TorchdynStep)(self._torchdyn)
+        return known.get(type(self.torchdyn), TorchdynStep)(self.torchdyn)
 
     def solver_instance(self, dtype: torch.dtype) -> nn.Module:
         """A torchdyn solver for states of ``dtype``, with its tableau as it should be."""
@@ -139,7 +131,8 @@ class Integrator:
         return self.method.evaluations * self.steps
 
     @property
-    def _continuous(self) -> bool:
+    def continuous(self) -> bool:
+        """Whether gradients are those of a continuous adjoint."""
         return self.sensitivity in ("adjoint", "interpolated_adjoint")
 
     def solve(self, dynamics: Dynamics, times: Sequence[float], duration: float) -> list[Tensor]:
@@ -157,23 +150,7 @@ class Integrator:
         Raises:
             IntegrationError: if the solver does not arrive or a state is not finite.
         """
-        solve = Solve(self, dynamics, times, duration)
-        if self._continuous:
-            states = adjoints.states(solve)
-        elif solve.has_gradient_by_hand():
-            recompute = self.sensitivity == "recompute" or self.adaptive
-            states = list(
-                DiscreteAdjoint.apply(solve, recompute, dynamics.state, *dynamics.tensors)
-            )
-        else:
-            states = solve.march(dynamics.state).states
-        if not validation.looks_finite(states[-1]):
-            raise IntegrationError(
-                f"solver {type(self._torchdyn).__name__} reached NaN or infinite values between "
-                f"t = {times[0]:g} and t = {times[-1]:g}: the potential is too steep for its "
-                "steps; use more steps, a shorter time, smaller weights, or a lower learning rate"
-            )
-        return [dynamics.state, *states]
+        return Solve(self, dynamics, times, duration).run()
 
 
 @dataclass
@@ -208,11 +185,39 @@ class Solve:
     dynamics: Dynamics
     times: Sequence[float]
     duration: float
+    _rates: list[Tensor] = field(default_factory=list, repr=False)
+    _lengths: list[float] = field(default_factory=list, repr=False)
 
     @property
     def method(self) -> Method:
         """One step of the solver."""
         return self.integrator.method
+
+    def run(self) -> list[Tensor]:
+        """The states at each of the times; see :meth:`Integrator.solve`."""
+        start, stop = self.times[0], self.times[-1]
+        if self.integrator.continuous:
+            states = adjoints.states(self)
+        elif self.has_gradient_by_hand():
+            recompute = self.integrator.sensitivity == "recompute" or self.method.adaptive
+            tensors = self.dynamics.tensors
+            states = [*DiscreteAdjoint.apply(self, recompute, self.dynamics.state, *tensors)]
+        else:
+            states = self.march(self.dynamics.state).states
+        if not validation.looks_finite(states[-1]):
+            raise IntegrationError(
+                f"solver {type(self.integrator.torchdyn).__name__} reached NaN or infinite values "
+                f"between t = {start:g} and t = {stop:g}: the potential is too steep for its "
+                "steps; use more steps, a shorter time, smaller weights, or a lower learning rate"
+            )
+        return [self.dynamics.state, *states]
+
+    def slopes(self) -> Slopes | None:
+        """The rates of the log-determinant that the last run has met, where the steps are equal."""
+        if not self._rates or len({round(length, 9) for length in self._lengths}) != 1:
+            return None
+        rates = torch.stack(self._rates).unflatten(0, (len(self._lengths), -1))
+        return Slopes(rates, self._lengths[0], self.method.order)
 
     def has_gradient_by_hand(self) -> bool:
         """Whether gradients are wanted that nothing else has to see through."""
@@ -247,6 +252,7 @@ class Solve:
         if rate is None:
             seen = torch.is_grad_enabled() or not self.dynamics.by_hand
             rate = self.dynamics.rate if seen or transformed(state) else self.evaluate
+        self._rates, self._lengths = [], []
         path, y = Path(), self.method.begin(rate, self.times[0], state)
         advance = self._adaptive if self.method.adaptive else self._fixed
         for start, stop in itertools.pairwise(self.times):
@@ -259,7 +265,11 @@ class Solve:
         for t, t_next in itertools.pairwise(self.grid(start, stop)):
             path.steps.append((t, t_next - t))
             path.before.append(y)
-            y, _ = self.method.step(rate, t, t_next - t, y)
+            y, slopes = self.method.step(rate, t, t_next - t, y)
+            if not torch.compiler.is_compiling():
+                self._lengths.append(abs(t_next - t))
+                row = self.dynamics.coordinates
+                self._rates.extend(slope[row].detach() for slope in slopes)
         return y
 
     def grid(self, start: float, stop: float) -> list[float]:
@@ -297,7 +307,7 @@ class Solve:
             if not t + size > t:  # too small to move, or NaN
                 break
         raise IntegrationError(
-            f"solver {type(self.integrator._torchdyn).__name__} stopped at t = {t:g} on its way "
+            f"solver {type(self.integrator.torchdyn).__name__} stopped at t = {t:g} on its way "
             f"from {start:g} to {stop:g}, with steps of {size:.2g}, of which it may try "
             f"max_steps={self.integrator.max_steps}: the potential explodes or is too stiff for "
             "the tolerance; raise atol and rtol or max_steps, use smaller weights, or use a "
@@ -316,7 +326,7 @@ class Solve:
 
     def _next_step(self, size: float, ratio: float) -> float:
         """Torchdyn's rule."""
-        solver = self.integrator._torchdyn
+        solver = self.integrator.torchdyn
         tensor = torch.tensor([size], dtype=torch.float64)
         limits = (solver.safety, solver.min_factor, solver.max_factor)
         return float(

@@ -28,12 +28,14 @@ class Method(ABC):
         adaptive: whether a step comes with an estimate of its error, by which it is chosen.
         evaluations: of the rate in one step.
         reversible: whether :meth:`step_back` carries adjoints.
+        augmented: whether its own state holds more than that of the equations of motion.
     """
 
     order: int
     adaptive: bool = False
     evaluations: int = 1
     reversible: bool = False
+    augmented: bool = False
 
     @abstractmethod
     def step(
@@ -155,10 +157,15 @@ class AsynchronousLeapfrog(Method):
     from :math:`v = f(t, x)` at the start.
     """
 
-    order, reversible = 2, True
+    order, reversible, augmented = 2, True, True
 
-    def __init__(self, gamma: float) -> None:
-        self._gamma = gamma
+    def __init__(self, solver: Any) -> None:
+        if solver.stepping_class == "adaptive":
+            raise ValueError(
+                "solver: got an adaptive AsynchronousLeapfrog, whose error estimate does not "
+                "shrink with its steps; use one with stepping_class='fixed', or 'dopri5'"
+            )
+        self._gamma = float(solver.const)
 
     def step(
         self, rate: Rate, t: float, dt: float, y: Tensor, first: Tensor | None = None
@@ -207,7 +214,7 @@ class TorchdynStep(Method):
     ) -> tuple[Tensor, list[Tensor]]:
         self._solver.sync_device_dtype(y, torch.zeros(()))
         _, advanced, error = self._solver.step(rate, y, t, dt)[:3]
-        return advanced, [error]
+        return advanced, [] if error is None else [error]
 
     def error(self, dt: float, slopes: Sequence[Tensor], last: Callable[[], Tensor]) -> Tensor:
         return slopes[0]
@@ -262,5 +269,5 @@ EXPLICIT: dict[type, Callable[[Any], Method]] = {
     torchdyn.RungeKutta4: _classical,
     torchdyn.DormandPrince45: _embedded,
     torchdyn.Tsitouras45: _embedded,
-    torchdyn.AsynchronousLeapfrog: lambda solver: AsynchronousLeapfrog(float(solver.const)),
+    torchdyn.AsynchronousLeapfrog: AsynchronousLeapfrog,
 }

@@ -34,9 +34,7 @@ class Activation(ABC):
     def steepness(self, p: Tensor, out: Tensor | None = None) -> Tensor:
         r""":math:`\sigma''' / \sigma''`, as a function of :math:`p`."""
 
-    def pull_back(
-        self, p: Tensor, force: Tensor, bend: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def pull_back(self, p: Tensor, force: Tensor, bend: Tensor | None) -> tuple[Tensor, Tensor]:
         r"""The adjoint of h, from those of the first and of the second derivative.
 
         .. math:: g = \sigma^{(2)} \odot force + \sigma^{(3)} \odot bend

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +10,8 @@ from torch import Tensor, nn
 from nflows_mongeampere import validation
 from nflows_mongeampere.configured import Configured
 from nflows_mongeampere.dynamics import Dynamics, Field, FieldDynamics, Time
-
-if TYPE_CHECKING:
-    from nflows_mongeampere.groups import Group
-    from nflows_mongeampere.potentials.orbits import Average
+from nflows_mongeampere.groups import Group
+from nflows_mongeampere.potentials.orbits import Average, ImageAverage
 
 
 class Potential(Configured, nn.Module, ABC):
@@ -114,8 +111,6 @@ class Potential(Configured, nn.Module, ABC):
 
     def averaged(self, group: Group) -> Average:
         """The average of this potential over a finite group of symmetries."""
-        from nflows_mongeampere.potentials.orbits import ImageAverage
-
         return ImageAverage(self, group)
 
     def accept(self, name: str, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -229,7 +229,7 @@ class ReducedDynamics(Dynamics):
 
     def points(self, state: Tensor) -> Tensor:
         displacement = state[: len(self._weight)].T @ self._weight
-        return self._inputs + displacement.view_as(self._inputs)
+        return (self._inputs + displacement.view_as(self._inputs)).contiguous()
 
 
 class ReducedCostDynamics(ReducedDynamics):

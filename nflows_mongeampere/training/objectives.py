@@ -330,8 +330,9 @@ class ReverseKL(Objective):
             the samples, has no noise where :math:`q` is the target, and does not see whether the
             solver keeps :math:`q` normalised. The slope of :math:`\ln q` is carried along the path
             (:func:`~nflows_mongeampere.training.scores.sample_with_score`); where a layer cannot
-            carry it, it takes the inverse of the flow as well, about twice the time. The flow's ``log_prob`` has to be the density of its samples, which
-            stochastic layers and random Laplacians break. Roeder, Wu and Duvenaud,
+            carry it, it takes the inverse of the flow as well, about twice the time. The flow's
+            ``log_prob`` has to be the density of its samples, which stochastic layers and random
+            Laplacians break. Roeder, Wu and Duvenaud,
             `arXiv:1703.09194 <https://arxiv.org/abs/1703.09194>`_.
 
     Raises:

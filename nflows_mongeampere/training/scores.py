@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nflows_mongeampere.transport import Transport
 
+
 class Scored(NamedTuple):
     r"""Samples, the log-density :math:`\ln q(x)` and its slope :math:`\nabla \ln q(x)`.
 
