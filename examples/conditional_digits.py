@@ -13,7 +13,7 @@ a classifier that was never trained to classify, and a density of all digits to 
 
 from __future__ import annotations
 
-import extras  # noqa: F401
+import nflows_mongeampere.examples.extras  # noqa: F401
 
 import json
 import math
@@ -36,8 +36,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import digits
-from images import Images, draw_rows, save_figure
 from nflows_mongeampere import MongeAmpereTransform, RidgePotential, refined
+from nflows_mongeampere.examples.images import Images
+from nflows_mongeampere.examples.pictures import draw_rows, save_figure
 from nflows_mongeampere.files import write
 from nflows_mongeampere.training import EndlessBatches, MaximumLikelihood, endless, fit
 

@@ -11,7 +11,7 @@ the test set is read once. Without a flow the pipeline is a full-covariance Gaus
 
 from __future__ import annotations
 
-import extras  # noqa: F401
+import nflows_mongeampere.examples.extras  # noqa: F401
 
 import json
 import math
@@ -41,8 +41,9 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from images import Images, dequantise, draw_rows, save_figure, whitening
 from nflows_mongeampere import MongeAmpereTransform, RidgePotential, refined
+from nflows_mongeampere.examples.images import Images, dequantise, whitening
+from nflows_mongeampere.examples.pictures import draw_rows, save_figure
 from nflows_mongeampere.files import write
 from nflows_mongeampere.training import EndlessBatches, MaximumLikelihood, endless, fit
 

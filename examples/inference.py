@@ -12,7 +12,7 @@ that is to tell these from samples of the estimator: 0.5 where it cannot, 1 wher
 
 from __future__ import annotations
 
-import extras  # noqa: F401
+import nflows_mongeampere.examples.extras  # noqa: F401
 
 import json
 import math
@@ -45,8 +45,8 @@ from sbi.utils.tracking import TensorBoardTracker
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from images import save_figure
 from nflows_mongeampere import MongeAmpereTransform, RidgePotential, refined
+from nflows_mongeampere.examples.pictures import save_figure
 from nflows_mongeampere.files import write
 
 SAMPLES = 1000  # of each posterior

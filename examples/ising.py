@@ -9,7 +9,7 @@ one. An interrupted run is taken up by the same command.
 
 from __future__ import annotations
 
-import extras  # noqa: F401
+import nflows_mongeampere.examples.extras  # noqa: F401
 
 import json
 import math
@@ -35,13 +35,14 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.data import DataLoader, TensorDataset
 
-from images import save_figure
 from nflows_mongeampere import (
     MongeAmpereTransform,
     RidgePotential,
     SymmetrizedPotential,
     refined,
 )
+from nflows_mongeampere.examples.pictures import save_figure
+from nflows_mongeampere.examples.runs import open_folder
 from nflows_mongeampere.files import write
 from nflows_mongeampere.groups import Group, point_group, translations
 from nflows_mongeampere.targets import CRITICAL_TEMPERATURE, Ising
@@ -57,7 +58,6 @@ from nflows_mongeampere.training import (
 )
 from nflows_mongeampere.transport import transports
 from nflows_mongeampere.variational import Estimate, WeightedSamples, weigh
-from runs import open_folder
 
 PUBLISHED = {16: -2.2940}  # free energy per site at L = 16, arXiv:1809.10188
 SAMPLES = 10_000  # drawn from a trained flow for its figures

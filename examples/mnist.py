@@ -8,7 +8,7 @@ in logit space, y = logit(α + (1 - 2α) x) with α = 1e-6, as they were publish
 
 from __future__ import annotations
 
-import extras  # noqa: F401
+import nflows_mongeampere.examples.extras  # noqa: F401
 
 import json
 import math
@@ -37,26 +37,25 @@ from nflows.transforms import (
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from images import (
-    Images,
-    Marginals,
-    NormalQuantile,
-    Pixels,
-    dequantise,
-    draw_rows,
-    load_mnist,
-    mosaic,
-    save_figure,
-    to_logits,
-    to_pixels,
-    whitening,
-)
 from nflows_mongeampere import (
     ConvolutionalPotential,
     MongeAmpereTransform,
     RidgePotential,
     refined,
 )
+from nflows_mongeampere.examples.images import (
+    Images,
+    Marginals,
+    NormalQuantile,
+    Pixels,
+    dequantise,
+    load_mnist,
+    to_logits,
+    to_pixels,
+    whitening,
+)
+from nflows_mongeampere.examples.pictures import draw_rows, mosaic, save_figure
+from nflows_mongeampere.examples.runs import open_folder, peak_memory, resident_memory
 from nflows_mongeampere.files import write
 from nflows_mongeampere.training import (
     DivergenceError,
@@ -68,7 +67,6 @@ from nflows_mongeampere.training import (
     fit,
 )
 from nflows_mongeampere.transport import transports
-from runs import open_folder, peak_memory, resident_memory
 
 SIDE, LEVELS, MARGIN = 28, 256, 1e-6
 FEATURES = SIDE * SIDE

@@ -10,7 +10,7 @@ of the test set to a thousandth of a nat.
 
 from __future__ import annotations
 
-import extras  # noqa: F401
+import nflows_mongeampere.examples.extras  # noqa: F401
 
 import json
 import statistics

@@ -19,7 +19,7 @@ can be held against what they bound, and a posterior against the true one.
 
 from __future__ import annotations
 
-import extras  # noqa: F401
+import nflows_mongeampere.examples.extras  # noqa: F401
 
 import json
 import math
@@ -47,8 +47,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import digits
-from images import draw_rows, save_figure
 from nflows_mongeampere import MongeAmpereFlow, RidgePotential, refined
+from nflows_mongeampere.examples.pictures import draw_rows, save_figure
 from nflows_mongeampere.files import write
 from nflows_mongeampere.normflows import MongeAmpere
 from nflows_mongeampere.training import EndlessBatches, Objective, endless, fit

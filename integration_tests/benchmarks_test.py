@@ -17,13 +17,10 @@ import pytest
 import torch
 import typer
 
-BENCHMARKS = Path(__file__).parent.parent / "examples" / "benchmarks"
-sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS.parent)]
-
-import architectures  # noqa: E402
-import densities  # noqa: E402
-import flows  # noqa: E402
-import peers  # noqa: E402
+import architectures
+import densities
+import flows
+import peers
 
 CONTINUOUS = {
     *("ridge", "moving", "stacked", "network"),

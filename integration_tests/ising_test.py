@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import itertools
 import json
 import math
@@ -14,29 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from nflows.distributions import StandardNormal
-from nflows.flows import Flow
 
+import ising
 from nflows_mongeampere.groups import point_group, sign_flip, translations
 from nflows_mongeampere.targets import Ising
 from nflows_mongeampere.training import ReverseKL, SolverGuard, fit, restore
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-
-
-def module(name: str):
-    sys.path.insert(0, str(EXAMPLES))
-    try:
-        spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
-        loaded = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = loaded
-        spec.loader.exec_module(loaded)
-    finally:
-        sys.path.remove(str(EXAMPLES))
-    return loaded
-
-
-ising = module("ising")
 
 
 def start(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -118,23 +101,6 @@ def test_the_flow_has_the_symmetries_of_the_lattice():
     assert len(square) == 256
     for image in square.act(x):
         torch.testing.assert_close(flow.log_prob(image), expected, rtol=1e-12, atol=1e-12)
-
-
-def test_modes_are_a_transform_with_the_right_determinant():
-    torch.manual_seed(0)
-    modes = ising.LatticeModes(torch.randn(4, 4, dtype=torch.float64))
-    x = torch.randn(2, 16, dtype=torch.float64)
-    noise, logabsdet = modes(x)
-    back, inverse_logabsdet = modes.inverse(noise)
-    torch.testing.assert_close(back, x)
-    torch.testing.assert_close(inverse_logabsdet, -logabsdet)
-    jacobian = torch.autograd.functional.jacobian(lambda row: modes(row[None])[0][0], x[0])
-    torch.testing.assert_close(torch.linalg.slogdet(jacobian)[1], logabsdet[0])
-    for image in [*translations((4, 4)).act(x), *point_group((4, 4)).act(x)]:
-        torch.testing.assert_close(
-            Flow(modes, StandardNormal([16])).log_prob(image),
-            Flow(modes, StandardNormal([16])).log_prob(x),
-        )
 
 
 def test_cluster_monte_carlo_against_enumeration():

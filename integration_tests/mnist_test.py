@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import gzip
-import importlib.util
 import json
 import struct
 import subprocess
@@ -20,19 +19,11 @@ from nflows.transforms import CompositeTransform, PiecewiseLinearCDF
 from sklearn.datasets import load_digits
 from torch.distributions import MultivariateNormal
 
+import mnist
+from nflows_mongeampere.examples import images
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 QUICK = ["--validation-images", "100", "--test-images", "100", "--draws", "2"]
-
-
-def module(name: str):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    loaded = importlib.util.module_from_spec(spec)
-    sys.modules[name] = loaded
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
-images = module("images")
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +129,6 @@ def test_a_stacked_flow_starts_at_the_gaussian_copula(data_dir):
     generator = torch.Generator().manual_seed(0)
     levels = images.load_mnist(data_dir).train[:3000].int()
     levels = (levels + torch.randint(0, 60, levels.shape, generator=generator)).clamp(max=255)
-    mnist = module("mnist")
     flow = Flow(CompositeTransform(mnist.stacked(levels)), StandardNormal([784]))
     y = mnist.logits(levels[:200], generator)
     with torch.no_grad():

@@ -13,11 +13,7 @@ The flows are in ``flows.py``, the data in ``densities.py``.
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import extras  # noqa: F401
+import nflows_mongeampere.examples.extras  # noqa: F401
 
 import contextlib
 import csv
@@ -34,22 +30,24 @@ import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from io import BytesIO, StringIO
+from pathlib import Path
 from typing import Annotated, Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import typer
-from benchmark_report import environment
-from densities import DATA, TOYS, Data
-from flows import FLOWS, Model
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from images import draw_rows, save_figure
+from benchmark_report import environment
+from densities import DATA, TOYS, Data
+from flows import FLOWS, Model
+from nflows_mongeampere.examples.pictures import draw_rows, save_figure
+from nflows_mongeampere.examples.runs import open_folder, peak_memory, resident_memory
 from nflows_mongeampere.files import write
 from nflows_mongeampere.training import (
     DivergenceError,
@@ -59,7 +57,6 @@ from nflows_mongeampere.training import (
     fit,
     restore,
 )
-from runs import open_folder, peak_memory, resident_memory
 
 SIDE, GRID = 3.0, 120  # the pictures of toys: [-3, 3] squared, 120 by 120 points
 PATIENCE = 240.0  # seconds for what comes after the training

@@ -11,7 +11,6 @@ To add a data set, add a line to :data:`DATA`.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -22,8 +21,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from images import Images, Pixels, dequantise, load_mnist, to_logits, to_pixels
+from nflows_mongeampere.examples.images import (
+    Images,
+    Pixels,
+    dequantise,
+    load_mnist,
+    to_logits,
+    to_pixels,
+)
 from nflows_mongeampere.training import EndlessBatches
 
 MISSING = 'install it with: pip install "nflows-mongeampere[examples]"'

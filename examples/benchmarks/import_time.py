@@ -7,22 +7,20 @@ Processes are timed whole, in turns, and ratios are taken within a round.
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import extras  # noqa: F401
+import nflows_mongeampere.examples.extras  # noqa: F401
 
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Annotated
 
 import typer
-from benchmark_report import Section
-from paired_timing import Item, interleave
 from rich.console import Console
 from rich.progress import track
+
+from benchmark_report import Section
+from paired_timing import Item, interleave
 
 IMPORTS = {
     "foundation": "import torch, nflows, torchdyn.numerics",

@@ -5,21 +5,18 @@ python examples/benchmarks/ising_table.py runs/ising-8 runs/ising-16 --out docs/
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import extras  # noqa: F401
+import nflows_mongeampere.examples.extras  # noqa: F401
 
 import csv
+from pathlib import Path
 from typing import Annotated, Any
 
 import matplotlib.pyplot as plt
 import typer
 
-from images import save_figure
+from nflows_mongeampere.examples.pictures import save_figure
+from nflows_mongeampere.examples.runs import collect
 from nflows_mongeampere.files import write
-from runs import collect
 
 PUBLISHED = 0.0219  # above the exact free energy per site at L = 16, arXiv:1809.10188
 PICTURES = ("samples.png", "path.png", "structure.png")

@@ -5,14 +5,11 @@ python examples/benchmarks/mnist_table.py runs/stacked runs/fast runs/maf --out 
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import extras  # noqa: F401
+import nflows_mongeampere.examples.extras  # noqa: F401
 
 import csv
 import math
+from pathlib import Path
 from typing import Annotated, Any
 
 import matplotlib.pyplot as plt
@@ -20,9 +17,9 @@ import numpy as np
 import torch
 import typer
 
-from images import mosaic, save_figure
+from nflows_mongeampere.examples.pictures import mosaic, save_figure
+from nflows_mongeampere.examples.runs import collect
 from nflows_mongeampere.files import write
-from runs import collect
 
 # the published run: its loss after so many epochs of 500 steps (arXiv:1809.10188)
 PUBLISHED = {5: 1388, 10: 1370, 20: 1336, 50: 1290, 100: 1273, 200: 1264, 400: 1257}

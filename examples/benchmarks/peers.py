@@ -14,26 +14,23 @@ tolerances of their libraries or tutorials.
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import extras  # noqa: F401
+import nflows_mongeampere.examples.extras  # noqa: F401
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from benchmark_report import Section, environment, write_report
-from flows import FLOWS, Model
-from paired_timing import Timings, Track, interleave, progress_bars
 from rich.console import Console
 from torch import Tensor
 
+from benchmark_report import Section, environment, write_report
+from flows import FLOWS, Model
 from nflows_mongeampere.transport import transports
+from paired_timing import Timings, Track, interleave, progress_bars
 
 OURS = "Monge-Ampère, 10 steps"
 # an exact trace costs the others one backward pass for each dimension and evaluation; samples of

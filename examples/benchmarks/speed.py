@@ -11,27 +11,21 @@ A section is a function from a ``Plan`` to a ``Section``; to add one, append it 
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import extras  # noqa: F401
+import nflows_mongeampere.examples.extras  # noqa: F401
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
+from pathlib import Path
 from typing import Annotated
 from unittest import mock
 
 import torch
 import typer
-from benchmark_report import Section, environment, write_report
-from paired_timing import Spread, Timings, Track, interleave, progress_bars
-from peak_memory import measure_peak
 from rich.console import Console
-from speed_problem import SOLVERS, VARIANTS, Problem, Size, plain_products, saved_bytes
 
+from benchmark_report import Section, environment, write_report
 from nflows_mongeampere import (
     MongeAmpereTransform,
     Potential,
@@ -41,6 +35,9 @@ from nflows_mongeampere import (
 from nflows_mongeampere.dynamics import _gram_product
 from nflows_mongeampere.groups import translations
 from nflows_mongeampere.potentials import symmetrized
+from paired_timing import Spread, Timings, Track, interleave, progress_bars
+from peak_memory import measure_peak
+from speed_problem import SOLVERS, VARIANTS, Problem, Size, plain_products, saved_bytes
 
 MB = 1e6
 

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from published_flow import State, classical_rk4, published_transform
 from torch import Tensor
 
 from nflows_mongeampere import Integrator, MongeAmpereTransform, RidgePotential, dynamics
+from published_flow import State, classical_rk4, published_transform
 
 VARIANTS = ("published", "autograd", "recompute")
 SOLVERS = ("hand loop", "torchdyn")

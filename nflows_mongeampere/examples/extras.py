@@ -1,15 +1,12 @@
 """What to install where an example misses a package; imported first, for what it does.
 
-import extras  # noqa: F401
+import nflows_mongeampere.examples.extras  # noqa: F401
 """
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from types import TracebackType
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def explain(
@@ -18,10 +15,10 @@ def explain(
     """Report an error that nobody caught; of a missing package, say what to do about it."""
     if isinstance(error, ModuleNotFoundError) and error.name is not None:
         package = error.name.partition(".")[0]
-        print(
+        sys.stderr.write(
             f"{package}: this package is not installed; the examples and benchmarks need it. "
-            f'Install the extra "examples": pip install "{ROOT}[examples]"',
-            file=sys.stderr,
+            'Install the extra "examples", in the root of the repository: '
+            'pip install ".[examples]"\n'
         )
     else:
         sys.__excepthook__(kind, error, traceback)

@@ -1,20 +1,16 @@
-"""What the image examples share: pixels, transforms of nflows set from data, pictures."""
+"""Images: MNIST, pixels as real numbers, transforms of nflows set from data."""
 
 from __future__ import annotations
 
 import gzip
 import math
 import struct
-from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from matplotlib.figure import Figure, SubFigure
 from nflows.transforms import (
     LULinear,
     PiecewiseLinearCDF,
@@ -22,8 +18,6 @@ from nflows.transforms import (
 )
 from torch import Tensor
 from torch.nn import functional as F
-
-from nflows_mongeampere.files import write
 
 MNIST_FILES = ("train-images-idx3-ubyte", "t10k-images-idx3-ubyte")
 
@@ -205,31 +199,3 @@ def whitening(points: Tensor) -> LULinear:
         linear.unconstrained_upper_diag.copy_((upper.diagonal() - linear.eps).expm1().log())
         linear.bias.copy_(-matrix @ points.mean(0))
     return linear
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a picture whole or not at all."""
-    picture = BytesIO()
-    figure.savefig(picture, dpi=110, format="png")
-    plt.close(figure)
-    write(path, picture.getvalue())
-
-
-def mosaic(images: Tensor, side: int, columns: int) -> Tensor:
-    """Flattened images, side by side in rows, with a gap of one pixel between them."""
-    tiles = F.pad(images.reshape(-1, columns, side, side), (0, 1, 0, 1), value=math.nan)
-    rows = tiles.movedim(2, 1).reshape(-1, columns * (side + 1))
-    return rows[:-1, :-1]
-
-
-def draw_rows(
-    figure: Figure | SubFigure, rows: Sequence[tuple[str, Tensor]], side: int, greys: dict[str, Any]
-) -> None:
-    """One row of images for each entry, labelled; coloured where values take both signs."""
-    axes: Any = figure.subplots(len(rows), 1, squeeze=False)
-    for (label, images), axis in zip(rows, axes[:, 0], strict=True):
-        signed = bool((images < -1).any())
-        style = {"cmap": "RdBu_r", "vmin": -3, "vmax": 3} if signed else greys
-        axis.imshow(mosaic(images.float(), side, len(images)), **style)
-        axis.set(xticks=[], yticks=[])
-        axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)

@@ -1,0 +1,1 @@
+"""What the scripts in ``examples/`` share, installed so that they find it; no public API."""
