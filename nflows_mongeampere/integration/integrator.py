@@ -251,7 +251,8 @@ class Solve:
         """
         if rate is None:
             seen = torch.is_grad_enabled() or not self.dynamics.by_hand
-            rate = self.dynamics.rate if seen or transformed(state) else self.evaluate
+            seen = seen or transformed(state, *self.dynamics.tensors)
+            rate = self.dynamics.rate if seen else self.evaluate
         self._rates, self._lengths = [], []
         path, y = Path(), self.method.begin(rate, self.times[0], state)
         advance = self._adaptive if self.method.adaptive else self._fixed
