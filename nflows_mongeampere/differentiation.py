@@ -10,6 +10,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 
+def compiling() -> bool:
+    """Whether a compiler, an exporter or a tracer is at work, which sees sizes and no numbers."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 def transformed(*tensors: Tensor | None) -> bool:
     """Whether a function transform, or forward-mode differentiation of some tensors, is at work."""
     if torch._C._are_functorch_transforms_active():

@@ -329,7 +329,7 @@ class Transport(Configured, nn.Module):
         """The points of a checked batch and their log-determinants at ``times[first:]``."""
         recorders = recorders_of(self)
         dynamics = self.potential.dynamics(inputs, context, integrator.evaluations, bool(recorders))
-        if len(inputs) == 0:
+        if inputs.shape[0] == 0:
             states = [dynamics.state] * len(times)
         else:
             solve = Solve(integrator, dynamics, times, self.time)

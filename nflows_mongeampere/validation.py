@@ -15,6 +15,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from nflows_mongeampere.differentiation import compiling
+
 _checking: ContextVar[bool] = ContextVar("checking", default=True)
 
 
@@ -34,11 +36,9 @@ def looks_finite(value: Tensor) -> bool:
     Compilers, tracers and function transforms see no numbers, and :func:`unchecked` asks not to
     look.
     """
-    if torch.compiler.is_compiling() or not _checking.get():
+    if compiling() or not _checking.get():
         return True
     if torch._C._are_functorch_transforms_active() or value.is_meta:
-        return True
-    if torch.jit.is_tracing():
         return True
     # one number is quicker to look at than all; a sum that overflows decides nothing
     value = value.detach()

@@ -16,7 +16,7 @@ from torchdyn.numerics.solvers.ode import SOLVER_DICT, str_to_solver
 from torchdyn.numerics.utils import adapt_step, init_step
 
 from nflows_mongeampere import validation
-from nflows_mongeampere.differentiation import transformed
+from nflows_mongeampere.differentiation import compiling, transformed
 from nflows_mongeampere.dynamics import Dynamics
 from nflows_mongeampere.integration import adjoints
 from nflows_mongeampere.integration.defects import Slopes
@@ -82,7 +82,9 @@ class Integrator:
         validation.positive("atol", self.atol)
         validation.positive("rtol", self.rtol)
         validation.integer("max_steps", self.max_steps)
-        if self.method.augmented and self.continuous:
+        with torch.device("cpu"):  # read now: compilers and the meta device see no numbers
+            method = self.method
+        if method.augmented and self.continuous:
             raise ValueError(
                 f"sensitivity: got {self.sensitivity!r} with solver {self.solver!r}, whose state "
                 "torchdyn's adjoints cannot carry; use sensitivity='recompute'"
@@ -228,8 +230,7 @@ class Solve:
             and any(t.requires_grad for t in wanted)
             and self.method.reversible
             and (self.dynamics.by_hand or recompute)
-            and not torch.compiler.is_compiling()
-            and not torch.jit.is_tracing()
+            and not compiling()
             and not transformed(*wanted)
         )
 

@@ -103,7 +103,7 @@ class AutogradPotential(Potential):
                 )
             return None
         validation.batch("context", context, like)
-        if len(context) != len(x):
+        if context.shape[0] != x.shape[0]:
             raise ValueError(
                 f"context: got {len(context)} rows, expected {len(x)}: one for each row of {name}"
             )

@@ -140,7 +140,7 @@ class Potential(Configured, nn.Module, ABC):
                 f"because the potential was built with context_features={self.context_features}"
             )
         validation.batch("context", context, like)
-        if tuple(context.shape) != (len(x), self.context_features):
+        if tuple(context.shape) != (x.shape[0], self.context_features):
             raise ValueError(
                 f"context: got shape {tuple(context.shape)}, expected "
                 f"({len(x)}, {self.context_features}): one row for each row of {name}"

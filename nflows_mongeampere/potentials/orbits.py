@@ -240,7 +240,7 @@ class LatticeField:
 
 def spectrum(points: Tensor, lattice: tuple[int, ...]) -> Tensor:
     """Fourier coefficients of fields of shape (B, D), complex, shape (B, 1, L, ...)."""
-    fields = points.reshape(len(points), 1, *lattice)
+    fields = points.reshape(-1, 1, *lattice)
     modes: Tensor = torch.fft.fftn(fields, dim=_sites(lattice))
     return modes
 
@@ -270,7 +270,7 @@ def correlate(modes: Tensor, kernels: Tensor) -> Tensor:
 
 def paired_spectrum(values: Tensor, kernels: Tensor) -> Tensor:
     """Fourier coefficients of (B, F) numbers at every site, pairs of rows as complex numbers."""
-    pairs = torch.view_as_complex(values.view(len(values), *kernels.shape, 2))
+    pairs = torch.view_as_complex(values.view(-1, *kernels.shape, 2))
     modes: Tensor = torch.fft.fftn(pairs, dim=_sites(kernels.shape[1:]))
     return modes
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nflows_mongeampere.differentiation import compiling
 from nflows_mongeampere.dynamics import Dynamics, Time, as_rows
 from nflows_mongeampere.potentials.activations import ACTIVATIONS, Activation
 
@@ -30,12 +31,13 @@ class Ridges(NamedTuple):
 
     def dynamics(self, inputs: Tensor, evaluations: int, costs: bool = False) -> Dynamics:
         """The equations of motion in x or in reduced coordinates, whichever is cheaper."""
-        (hidden, features), batch = self.weight.shape, len(inputs)
+        hidden, features = self.weight.shape
         # multiplications: G once, W x(0) and Wᵀ s(T), then G s, or W x and Wᵀ(a σ'), each time
-        reduced = hidden * hidden * features + batch * (
-            2 * hidden * features + evaluations * hidden * hidden
-        )
-        direct = batch * evaluations * 2 * hidden * features
+        reduced = 2 * hidden * features + evaluations * hidden * hidden
+        direct = evaluations * 2 * hidden * features
+        if not compiling():  # which is for batches of any size
+            reduced = hidden * hidden * features + inputs.shape[0] * reduced
+            direct = inputs.shape[0] * direct
         if costs:
             return ReducedCostDynamics(self, inputs)
         return RidgeDynamics(self, inputs) if reduced > direct else ReducedDynamics(self, inputs)
