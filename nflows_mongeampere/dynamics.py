@@ -17,7 +17,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from nflows_mongeampere.differentiation import derivatives, differentiation
 
@@ -105,7 +106,8 @@ class Dynamics(ABC):
             others are zero.
         """
         point, rate = kept
-        rate = rate[: len(adjoint)]
+        with torch.enable_grad():
+            rate = rate[: len(adjoint)]
         wanted = [i for i, gradient in enumerate(gradients) if gradient is not None]
         targets: list[Any] = [point, *(self.tensors[i] for i in wanted)]
         if not rate.requires_grad:
@@ -127,7 +129,7 @@ class FieldDynamics(Dynamics):
         field: maps points of shape (B, ...), time and context to :math:`(\nabla u, \Delta u)`.
         inputs: starting points, shape (B, ...).
         context: shape (B, ...) or None.
-        parameters: the tensors that the field depends on besides its arguments.
+        module: what the field is made of, whose parameters it depends on, or None.
         costs: whether the state carries the costs of transport.
     """
 
@@ -136,14 +138,23 @@ class FieldDynamics(Dynamics):
         field: Field,
         inputs: Tensor,
         context: Tensor | None,
-        parameters: Sequence[Tensor] = (),
+        module: nn.Module | None = None,
         costs: bool = False,
     ) -> None:
-        self._field, self._costs = field, costs
+        self._field, self._costs, self._module = field, costs, module
         self._event_shape = inputs.shape[1:]
         self.coordinates = self._event_shape.numel()
         self.state = start(inputs, 3 if costs else 1)
-        self.tensors = (context, *parameters)
+        self.tensors = (context, *(() if module is None else module.parameters()))
+
+    def rebound(self, tensors: Sequence[Tensor | None]) -> FieldDynamics:
+        twin: FieldDynamics = super().rebound(tensors)  # type: ignore[assignment]
+        if self._module is not None:
+            names = [f"module.{name}" for name, _ in self._module.named_parameters()]
+            parameters: Any = dict(zip(names, tensors[1:], strict=True))
+            carrier = _Carrier(self._module, self._field)
+            twin._field = lambda *arguments: functional_call(carrier, parameters, arguments)
+        return twin
 
     def rate(self, t: Time, state: Tensor) -> Tensor:
         x, context = self.points(state), self.tensors[0]
@@ -172,6 +183,17 @@ class FieldDynamics(Dynamics):
             along_path = (in_space * velocity).sum() + in_time
             (rate,) = derivatives(along_path, (weights,), keep_graph)
         return rate
+
+
+class _Carrier(nn.Module):
+    """A field as the forward method of what it is made of, for other parameters to be put there."""
+
+    def __init__(self, module: nn.Module, field: Field) -> None:
+        super().__init__()
+        self.module, self._field = module, field
+
+    def forward(self, x: Tensor, t: Time, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self._field(x, t, context)
 
 
 class ScoredDynamics(Dynamics):

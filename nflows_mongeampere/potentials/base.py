@@ -107,7 +107,7 @@ class Potential(Configured, nn.Module, ABC):
                 work on better coordinates when that pays.
             costs: whether the state carries the costs of transport.
         """
-        return FieldDynamics(self._field(inputs), inputs, context, tuple(self.parameters()), costs)
+        return FieldDynamics(self._field(inputs), inputs, context, self, costs)
 
     def averaged(self, group: Group) -> Average:
         """The average of this potential over a finite group of symmetries."""

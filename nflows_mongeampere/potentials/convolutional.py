@@ -93,7 +93,7 @@ class ConvolutionalPotential(ClosedFormPotential):
     ) -> Dynamics:
         if costs:
             field: Field = self._gradient_and_laplacian
-            return FieldDynamics(field, inputs, None, tuple(self.parameters()), costs)
+            return FieldDynamics(field, inputs, None, self, costs)
         return ConvolutionalDynamics(self, inputs)
 
     def _value(self, x: Tensor, t: Time | None, context: Tensor | None) -> Tensor:

@@ -52,8 +52,7 @@ class ImageAverage(Average):
     def dynamics(
         self, inputs: Tensor, context: Tensor | None, evaluations: int, costs: bool
     ) -> Dynamics:
-        parameters = tuple(self._potential.parameters())
-        return FieldDynamics(self._field(inputs), inputs, context, parameters, costs)
+        return FieldDynamics(self._field(inputs), inputs, context, self._potential, costs)
 
     def _field(self, inputs: Tensor) -> Field:
         field = self._potential._field(self._images(inputs, None, None)[0])
@@ -111,13 +110,16 @@ class RidgeOrbits(Average):
     def dynamics(
         self, inputs: Tensor, context: Tensor | None, evaluations: int, costs: bool
     ) -> Dynamics:
-        ridges = self._orbits(context)
         if self._lattice is None:
-            return ridges.dynamics(inputs, evaluations, costs)
+            return self._orbits(context).dynamics(inputs, evaluations, costs)
         if costs:
-            field = LatticeField(ridges, self._lattice)
-            return FieldDynamics(field, inputs, None, field.learnt, costs=True)
-        return LatticeDynamics(ridges, inputs, self._lattice)
+            return FieldDynamics(self._field, inputs, context, self._ridge, costs)
+        return LatticeDynamics(self._orbits(context), inputs, self._lattice)
+
+    def _field(self, x: Tensor, t: Time | None, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        motion = self.dynamics(x, context, evaluations=1, costs=False)
+        rate = motion.rate(0.0 if t is None else t, motion.state)
+        return motion.points(rate), motion.logabsdet(rate)
 
     def _orbits(self, context: Tensor | None) -> Ridges:
         """The ridges of the orbits, row by row of the potential."""
@@ -223,19 +225,6 @@ class LatticeDynamics(Dynamics):
 
     def points(self, state: Tensor) -> Tensor:
         return as_rows(state[: self.coordinates], self._event_shape)
-
-
-class LatticeField:
-    """The field of ridges at every site, for points as rows."""
-
-    def __init__(self, ridges: Ridges, lattice: tuple[int, ...]) -> None:
-        self._ridges, self._lattice = ridges, lattice
-        self.learnt = tuple(t for t in ridges[:-1] if isinstance(t, Tensor) and t.requires_grad)
-
-    def __call__(self, x: Tensor, t: Time | None, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        motion = LatticeDynamics(self._ridges, x, self._lattice)
-        rate = motion.rate(0.0 if t is None else t, motion.state)
-        return motion.points(rate), motion.logabsdet(rate)
 
 
 def spectrum(points: Tensor, lattice: tuple[int, ...]) -> Tensor:
