@@ -222,8 +222,16 @@ class ScoredDynamics(Dynamics):
         slopes[: self._event_shape.numel()] = score.detach().flatten(1).T
         self.state = torch.cat([dynamics.state, slopes])
 
+    def rebound(self, tensors: Sequence[Tensor | None]) -> ScoredDynamics:
+        twin: ScoredDynamics = super().rebound(tensors)  # type: ignore[assignment]
+        twin._dynamics = self._dynamics.rebound(tensors)
+        return twin
+
     def rate(self, t: Time, state: Tensor) -> Tensor:
-        return self.stage(t, state)[0]
+        with torch.no_grad():
+            rest = self.stage(t, state)[0][self.coordinates :]
+        velocity = self._dynamics.rate(t, state[: self._size])[: self.coordinates]
+        return torch.cat([velocity, rest])
 
     def stage(self, t: Time, state: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         rate, kept = self._dynamics.stage(t, state[: self._size])
