@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nflows_mongeampere import AutogradPotential, Potential, RidgePotential
-
-SHAPES = [(3,), (2, 1, 3)]
-POTENTIALS = ["softplus", "logcosh", "network"]
+from nflows_mongeampere import (
+    AutogradPotential,
+    ConvolutionalPotential,
+    Potential,
+    RidgePotential,
+    SymmetrizedPotential,
+)
+from nflows_mongeampere.dynamics import FieldDynamics
+from nflows_mongeampere.groups import Group, point_group, reflections, translations
+from nflows_mongeampere.potentials import orbits
+from nflows_mongeampere.potentials.convolutional import ConvolutionalDynamics
+from nflows_mongeampere.potentials.orbits import LatticeDynamics
+from nflows_mongeampere.potentials.ridges import ReducedDynamics, RidgeDynamics
 
 Value = Callable[[Tensor, "float | Tensor"], Tensor]
+
+# torchdyn's explicit solvers
+FIXED = ["euler", "midpoint", "rk4", "alf"]
+ADAPTIVE = ["dopri5", "tsit5"]
 
 # stages of the textbook: (time, weights of the earlier stages), then the weights of the step
 TABLEAUS: dict[str, tuple[list[tuple[float, list[float]]], list[float]]] = {
@@ -42,13 +57,6 @@ class Network(nn.Module):
         return self.output(torch.sin(self.hidden(x.flatten(1)) + shift)).squeeze(1)
 
 
-class TimeNetwork(Network):
-    """The same with waves that run in time."""
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return self._value(x, t.reshape(-1, 1))
-
-
 class ContextNetwork(Network):
     """The same with waves whose phase is the context."""
 
@@ -63,14 +71,6 @@ class TimeContextNetwork(Network):
         return self._value(x, context.sum(1, keepdim=True) * torch.cos(t).reshape(-1, 1))
 
 
-NETWORKS = {
-    (False, False): Network,
-    (True, False): TimeNetwork,
-    (False, True): ContextNetwork,
-    (True, True): TimeContextNetwork,
-}
-
-
 def ridge(
     features: int, hidden_features: int, *, scale: float = 1.0, **options: object
 ) -> RidgePotential:
@@ -80,25 +80,95 @@ def ridge(
     return potential
 
 
-def make_potential(
-    kind: str,
-    features: int,
-    *,
-    hidden: int = 4,
-    time_dependent: bool = False,
-    context_features: int | None = None,
-) -> Potential:
-    """A random potential in float64: a ridge potential of that activation, or a network."""
-    if kind == "network":
-        network = NETWORKS[time_dependent, context_features is not None](features)
-        return AutogradPotential(network.double())
-    return ridge(
-        features,
-        hidden,
-        activation=kind,
-        time_dependent=time_dependent,
-        context_features=context_features,
-    )
+def convolutional(shape: Sequence[int], **options: object) -> ConvolutionalPotential:
+    """Three kernels in float64, with numbers that differ from place to place."""
+    potential = ConvolutionalPotential(shape, 3, **{"kernel_size": 3, **options}).double()  # type: ignore[arg-type]
+    for parameter in potential.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return potential
+
+
+def lattice(potential: Potential, group: Group) -> SymmetrizedPotential:
+    """A symmetrized potential whose rows move in Fourier space, however small the lattice."""
+    with mock.patch.object(orbits, "FOURIER_SITES", 1):
+        return SymmetrizedPotential(potential, group)
+
+
+@dataclass(frozen=True)
+class Example:
+    """How to build a potential in float64 that bends paths, and what it takes.
+
+    Attributes:
+        build: makes one with random numbers.
+        shape: of an event.
+        dynamics: the equations of motion that it has for batches of a few rows.
+    """
+
+    build: Callable[[], Potential]
+    shape: tuple[int, ...]
+    dynamics: type
+
+    def batch(self, potential: Potential, rows: int = 3) -> tuple[Tensor, Tensor | None]:
+        """Random points, and a context where the potential takes one."""
+        x = torch.randn(rows, *self.shape, dtype=torch.float64)
+        takes = potential.context_features or getattr(potential, "_context", None)
+        return x, torch.randn(rows, 2, dtype=torch.float64) if takes else None
+
+
+ALL = {"time_dependent": True, "context_features": 2}
+# A new potential joins by being added here. Batches of a few rows, and some evaluations.
+POTENTIALS = {
+    "ridge": Example(lambda: ridge(2, 5), (2,), RidgeDynamics),
+    "ridge-all": Example(
+        lambda: ridge(4, 9, activation="logcosh", **ALL), (1, 2, 2), RidgeDynamics
+    ),
+    "reduced": Example(lambda: ridge(6, 2, activation="logcosh"), (6,), ReducedDynamics),
+    "reduced-all": Example(lambda: ridge(6, 3, **ALL), (2, 1, 3), ReducedDynamics),
+    "images": Example(lambda: convolutional((2, 3, 2)), (2, 3, 2), ConvolutionalDynamics),
+    "small-images": Example(
+        lambda: convolutional((2, 1, 3), kernel_size=5, activation="logcosh"),
+        (6,),
+        ConvolutionalDynamics,
+    ),
+    "orbits": Example(
+        lambda: SymmetrizedPotential(ridge(4, 3, scale=3, **ALL), translations((2, 2))),
+        (2, 2),
+        RidgeDynamics,
+    ),
+    "chain": Example(
+        lambda: lattice(ridge(4, 1, scale=3), translations((4,))), (4,), LatticeDynamics
+    ),
+    "lattice": Example(
+        lambda: lattice(ridge(6, 3, scale=4, **ALL), translations((2, 3))), (2, 3), LatticeDynamics
+    ),
+    "square": Example(
+        lambda: lattice(
+            ridge(4, 2, scale=3, activation="logcosh", bias=False),
+            translations((2, 2)) * point_group((2, 2)),
+        ),
+        (4,),
+        LatticeDynamics,
+    ),
+    "cube": Example(
+        lambda: lattice(ridge(12, 2, scale=5), translations((2, 3, 2))), (12,), LatticeDynamics
+    ),
+    "mirrored-images": Example(
+        lambda: SymmetrizedPotential(convolutional((1, 2, 3)), reflections((1, 2, 3))),
+        (1, 2, 3),
+        FieldDynamics,
+    ),
+    "network": Example(lambda: AutogradPotential(Network(3).double()), (3,), FieldDynamics),
+    "network-all": Example(
+        lambda: AutogradPotential(TimeContextNetwork(4).double()), (1, 2, 2), FieldDynamics
+    ),
+}
+BY_HAND = [name for name, example in POTENTIALS.items() if example.dynamics.by_hand]
+
+
+def make(name: str, rows: int = 3) -> tuple[Potential, Tensor, Tensor | None]:
+    """A potential of the list, points and a context."""
+    potential = POTENTIALS[name].build()
+    return potential, *POTENTIALS[name].batch(potential, rows)
 
 
 def ridge_value(
@@ -122,10 +192,31 @@ def ridge_value(
     return value
 
 
+def convolutional_value(potential: ConvolutionalPotential, x: Tensor) -> Tensor:
+    """The definition, by PyTorch's convolution."""
+    images = x.reshape(len(x), *potential.shape)
+    h = F.conv2d(images, potential.weight, padding=potential.kernel_size // 2) + potential.bias
+    sigma = F.softplus(h, threshold=100) if potential.activation == "softplus" else h.cosh().log()
+    return (potential.amplitude * sigma).flatten(1).sum(1)
+
+
 def definition(potential: Potential, context: Tensor | None = None) -> Value:
     """The value of a potential as a function of (x, t) that shares no line with the package."""
     if isinstance(potential, RidgePotential):
         return lambda x, t: ridge_value(potential, x, t, context)
+    if isinstance(potential, ConvolutionalPotential):
+        return lambda x, t: convolutional_value(potential, x)
+    if isinstance(potential, SymmetrizedPotential):
+        inner, group = definition(potential.potential, context), potential.group
+
+        def average(x: Tensor, t: float | Tensor) -> Tensor:
+            images = [
+                (x.flatten(1)[:, place] * sign).view_as(x)
+                for place, sign in zip(group.permutations, group.signs, strict=True)
+            ]
+            return torch.stack([inner(image, t) for image in images]).mean(0)
+
+        return average
     assert isinstance(potential, AutogradPotential)
     arguments: dict[str, Tensor | None] = {} if context is None else {"context": context}
 

@@ -1,227 +1,170 @@
-"""Both coordinates against each other, and the products they are made of."""
-
-from types import SimpleNamespace
+"""Equations of motion against the definition of each potential, and their pullbacks."""
 
 import pytest
 import torch
-from torch import nn
 
-from nflows_mongeampere.activations import ACTIVATIONS
-from nflows_mongeampere.conftest import SHAPES, close, definition, differentiate, ridge
-from nflows_mongeampere.dynamics import (
-    DirectDynamics,
-    ReducedDynamics,
-    _ConvolutionProduct,
-    _gram_product,
+from nflows_mongeampere import MongeAmpereTransform
+from nflows_mongeampere.conftest import (
+    BY_HAND,
+    POTENTIALS,
+    close,
+    definition,
+    differentiate,
+    make,
+    ridge,
 )
+from nflows_mongeampere.dynamics import Dynamics, FieldDynamics
 from nflows_mongeampere.integration import Integrator
+from nflows_mongeampere.potentials.ridges import ReducedDynamics, RidgeDynamics, Ridges
+
+KEEP = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
 
 
-def direct(potential, inputs, context):
-    return DirectDynamics(potential._gradient_and_laplacian, inputs, context, potential)
-
-
-def reduced(potential, inputs, context):
-    offset = torch.zeros(len(potential.weight), len(inputs), dtype=inputs.dtype)
-    if potential.bias is not None:
-        offset = offset + potential.bias[:, None]
+def motion(name, rows=3):
+    """The equations of motion of a potential of the list, whose inputs want gradients."""
+    potential, x, context = make(name, rows)
+    leaves = [x.requires_grad_(), *potential.parameters()]
     if context is not None:
-        offset = offset + potential.context_weight @ context.T
-    return ReducedDynamics(
-        inputs,
-        potential.weight,
-        offset,
-        potential.amplitude,
-        potential.time_weight,
-        ACTIVATIONS[potential.activation],
+        leaves.append(context.requires_grad_())
+    dynamics = potential.dynamics(x, context, 8)
+    assert type(dynamics) is POTENTIALS[name].dynamics
+    return potential, context, dynamics, leaves
+
+
+@pytest.mark.parametrize("name", POTENTIALS)
+def test_equations_of_motion(name):
+    """d(points)/dt is the gradient and d(logabsdet)/dt the Laplacian, wherever the state is."""
+    potential, context, dynamics, (x, *_) = motion(name)
+    assert torch.equal(dynamics.points(dynamics.state), x)
+    assert dynamics.logabsdet(dynamics.state).tolist() == [0.0] * 3
+
+    shift = torch.randn_like(dynamics.state)
+    if name.startswith("ridge") or name == "orbits":
+        shift[-2] = 0  # the row of ones
+    state = (dynamics.state + shift).detach()
+    points = dynamics.points(state).detach()
+    gradient, laplacian = differentiate(
+        definition(potential, None if context is None else context.detach()), points, 0.7
+    )
+    for rate in (dynamics.rate(0.7, state), dynamics.stage(0.7, state)[0]):
+        velocity = torch.func.jvp(dynamics.points, (state,), (rate.detach(),))[1]
+        close(velocity.detach(), gradient)
+        close(dynamics.logabsdet(rate).detach(), laplacian)
+
+
+@pytest.mark.parametrize("name", POTENTIALS)
+def test_points_are_contiguous_and_in_the_shape_of_the_inputs(name):
+    _, _, dynamics, (x, *_) = motion(name)
+    points = dynamics.points(dynamics.state)
+    assert points.shape == x.shape
+    assert points.is_contiguous()
+
+
+def partial(dynamics):
+    """The same equations of motion, whose tensors depend on nothing."""
+    return dynamics.rebound(
+        [
+            None if t is None else t.detach().requires_grad_(t.requires_grad)
+            for t in dynamics.tensors
+        ]
     )
 
 
-def solve(coordinates, potential, inputs, context, solver="rk4", start=0.0, stop=1.0, steps=4):
-    dynamics = coordinates(potential, inputs, context)
-    return dynamics.outputs(Integrator(solver, steps).solve(dynamics, (start, stop), 1.0)[-1])
+@pytest.mark.parametrize("name", BY_HAND)
+@pytest.mark.parametrize("whole", [True, False])
+def test_pullback_is_that_of_autograd(name, whole):
+    """Of a whole adjoint, or of its coordinates alone, where the others are zero."""
+    dynamics = partial(motion(name)[2])
+    state = (dynamics.state + torch.randn_like(dynamics.state)).detach()
+    adjoint = torch.randn_like(state)[: None if whole else dynamics.coordinates]
+
+    def pulled_back(cls):
+        gradients = [
+            torch.ones_like(t) if t is not None and t.requires_grad else None
+            for t in dynamics.tensors
+        ]
+        kept = cls.stage(dynamics, 0.7, state)[1]
+        return [cls.pullback(dynamics, 0.7, kept, adjoint, gradients), *gradients]
+
+    found, expected = pulled_back(type(dynamics)), pulled_back(Dynamics)
+    assert sum(e is not None and bool((e != 1).any()) for e in expected) >= (4 if whole else 3)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:  # the gradients are added to what was there
+            close(ours, theirs, 1e-13)
 
 
-def with_gradients(coordinates, potential, inputs, context, solver="rk4", **interval):
-    """Outputs, logabsdet and the gradient of a mixture of both to all that they depend on."""
-    leaves = [inputs, *([] if context is None else [context]), *potential.parameters()]
-    outputs, logabsdet = solve(coordinates, potential, inputs, context, solver, **interval)
-    loss = outputs.square().sum() + logabsdet.sin().sum()
-    return outputs, logabsdet, *torch.autograd.grad(loss, leaves)
+@pytest.mark.parametrize("name", POTENTIALS)
+def test_tensors_carry_every_gradient(name):
+    """What the rate depends on besides state and time it takes from its tensors, and no more."""
+    _, _, dynamics, leaves = motion(name)
+    state, twin = torch.randn_like(dynamics.state), partial(dynamics)
+    expected = torch.autograd.grad(dynamics.rate(0.7, state).sin().sum(), leaves, **KEEP)
+    learning = [i for i, t in enumerate(twin.tensors) if t is not None and t.requires_grad]
+    through = torch.autograd.grad(
+        twin.rate(0.7, state).sin().sum(), [twin.tensors[i] for i in learning], **KEEP
+    )
+    found = torch.autograd.grad([dynamics.tensors[i] for i in learning], leaves, through, **KEEP)
+    assert sum(bool(g.any()) for g in expected) >= 2
+    for ours, theirs in zip(found, expected, strict=True):
+        close(ours, theirs, 1e-13)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("activation", ["softplus", "logcosh"])
-@pytest.mark.parametrize("coordinates", [direct, reduced])
+@pytest.mark.parametrize("name", BY_HAND)
+def test_scores_are_slopes_of_the_density(name):
+    """Carried along the path; gradients go through the points, of either order."""
+    potential, x, context = make(name)
+    x.requires_grad_()
+    score = -x
+    transform = MongeAmpereTransform(potential, steps=20)
+    points, logabsdet, found = transform.carry_score(x, score, context, to_data=True)
+    expected_points, expected_logabsdet = transform.inverse(x, context)
+    close(points, expected_points, 1e-12)
+    close(logabsdet, expected_logabsdet, 1e-12)
+
+    y = points.detach().requires_grad_()
+    back, inverse_logabsdet = transform(y, context)
+    log_prob = inverse_logabsdet - back.flatten(1).square().sum(1) / 2
+    close(found, torch.autograd.grad(log_prob.sum(), y)[0], 1e-6)
+
+    leaves = [x, *potential.parameters()]
+    for again in (False, True):
+        grads = torch.autograd.grad(points.sin().sum(), leaves, create_graph=again, **KEEP)
+        truth = torch.autograd.grad(expected_points.sin().sum(), leaves, **KEEP)
+        for ours, theirs in zip(grads, truth, strict=True):
+            close(ours, theirs, 1e-12)
+
+
 @pytest.mark.parametrize("options", [{}, {"time_dependent": True, "context_features": 2}], ids=str)
-def test_equations_of_motion(shape, activation, coordinates, options):
-    """d(outputs)/dt is the gradient and d(logabsdet)/dt the Laplacian, wherever the state is."""
+@pytest.mark.parametrize("solver", ["midpoint", "rk4"])
+@pytest.mark.parametrize("shape", [(3,), (2, 1, 3)], ids=str)
+def test_coordinates_of_ridges_agree(shape, solver, options):
+    """Runge-Kutta methods commute with affine maps."""
     x = torch.randn(4, *shape, dtype=torch.float64)
     context = torch.randn(4, 2, dtype=torch.float64) if options else None
-    potential = ridge(x[0].numel(), 5, activation=activation, **options)
-    dynamics = coordinates(potential, x, context)
-    assert dynamics.outputs(dynamics.state)[1].tolist() == [0.0] * 4
-    close(dynamics.outputs(dynamics.state)[0].detach(), x, 1e-14)
-
-    state = dynamics.state + torch.randn_like(dynamics.state)
-    gradient, laplacian = differentiate(
-        definition(potential, context), dynamics.outputs(state)[0].detach(), 0.7
-    )
-    velocity = torch.func.jvp(dynamics.outputs, (state,), (dynamics(0.7, state),))[1]
-    close(velocity[0].detach(), gradient)
-    close(velocity[1].detach(), laplacian)
-
-
-@pytest.mark.parametrize("options", [{}, {"time_dependent": True, "context_features": 2}], ids=str)
-@pytest.mark.parametrize("coordinates", [direct, reduced])
-def test_parameters_carry_every_gradient(coordinates, options):
-    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
-    context = torch.randn(4, 2, dtype=torch.float64, requires_grad=True) if options else None
-    potential = ridge(3, 5, **options)
-    dynamics = coordinates(potential, x, context)
-    # no costs, where none were asked for
-    assert dynamics.state.shape == ((4, 3 + 1) if coordinates is direct else (5 + 1, 4))
-
-    state = torch.randn_like(dynamics.state)
-    rate = dynamics(0.7, state).sin().sum()
-    leaves = [*potential.parameters(), *([] if context is None else [context])]
-    expected = torch.autograd.grad(rate, leaves, retain_graph=True)
-    through = torch.autograd.grad(rate, dynamics.parameters, retain_graph=True)
-    for ours, theirs in zip(
-        torch.autograd.grad(dynamics.parameters, leaves, through), expected, strict=True
-    ):
-        assert theirs.abs().max() > 1e-6
-        close(ours, theirs, 1e-12)
+    potential = ridge(x[0].numel(), 4, **options)
+    found = []
+    for cls in (RidgeDynamics, ReducedDynamics):
+        offset, speed = potential.offset(context), potential.time_weight
+        dynamics = cls(
+            Ridges(potential.weight, potential.amplitude, offset, speed, potential.activation), x
+        )
+        end = Integrator(solver, 3).solve(dynamics, (1.0, 0.0), 1.0)[-1]
+        points, logabsdet = dynamics.points(end), dynamics.logabsdet(end)
+        loss = points.square().sum() + logabsdet.sin().sum()
+        found.append([points, logabsdet, *torch.autograd.grad(loss, list(potential.parameters()))])
+    for ours, theirs in zip(*found, strict=True):
+        close(ours, theirs, 1e-13)
 
 
-@pytest.mark.parametrize("options", [{}, {"time_dependent": True, "context_features": 2}], ids=str)
-def test_rate_of_the_laplacian(options):
+@pytest.mark.parametrize("name", ["ridge", "ridge-all", "network-all", "lattice"])
+def test_rate_of_the_laplacian(name):
     """With its sign, which the roughness, a square, does not show."""
-    x, velocity = torch.randn(2, 4, 3, dtype=torch.float64)
-    context = torch.randn(4, 2, dtype=torch.float64) if options else None
-    potential = ridge(3, 5, **options)
-    value, eps = definition(potential, context), 1e-4
+    potential, x, context = make(name)
+    velocity, eps = torch.randn_like(x), 1e-4
+    value = definition(potential, context)
     before, after = (differentiate(value, x + e * velocity, 0.7 + e)[1] for e in (-eps, eps))
+    dynamics = FieldDynamics(potential._field(x), x, context)
     with torch.device("meta"):  # a default that must not matter
-        rate = direct(potential, x, context)._laplacian_rate(x, 0.7, velocity)
+        rate = dynamics._laplacian_rate(x, 0.7, context, velocity)
     close(rate.detach(), (after - before) / (2 * eps), 1e-6)
-
-
-@pytest.mark.parametrize(("shape", "hidden"), [((3,), 16), ((2, 1, 3), 4)], ids=str)
-@pytest.mark.parametrize("solver", ["euler", "midpoint", "rk4"])
-@pytest.mark.parametrize("options", [{}, {"time_dependent": True, "context_features": 2}], ids=str)
-@pytest.mark.parametrize("activation", ["softplus", "logcosh"])
-def test_coordinates_agree(shape, hidden, solver, options, activation):
-    x = torch.randn(4, *shape, dtype=torch.float64, requires_grad=True)
-    context = torch.randn(4, 2, dtype=torch.float64, requires_grad=True) if options else None
-    potential = ridge(x[0].numel(), hidden, activation=activation, **options)
-    for start, stop in ((0.0, 1.0), (1.0, 0.0)):
-        pairs = zip(
-            with_gradients(reduced, potential, x, context, solver, start=start, stop=stop),
-            with_gradients(direct, potential, x, context, solver, start=start, stop=stop),
-            strict=True,
-        )
-        for ours, theirs in pairs:
-            close(ours, theirs)
-
-
-@pytest.mark.parametrize("activation", ["softplus", "logcosh"])
-@pytest.mark.parametrize("hidden", [255, 256, 300])
-def test_coordinates_agree_in_float32(hidden, activation):
-    """On both sides of the size from which the product is a convolution."""
-    potential = ridge(200, hidden, activation=activation, scale=2.0).float()
-    x = torch.randn(6, 200, requires_grad=True)
-    exact = with_gradients(direct, potential.double(), x.double().detach().requires_grad_(), None)
-    potential.float()
-    for coordinates in (reduced, direct):
-        for ours, truth in zip(with_gradients(coordinates, potential, x, None), exact, strict=True):
-            assert (ours.double() - truth).norm() < 1e-5 * truth.norm()
-
-
-class Solution(nn.Module):
-    def __init__(self, coordinates, potential):
-        super().__init__()
-        self.coordinates, self.potential = coordinates, potential
-
-    def forward(self, x, context):
-        return solve(self.coordinates, self.potential, x, context, steps=2)
-
-
-@pytest.mark.parametrize("coordinates", [direct, reduced])
-def test_second_derivatives(coordinates):
-    module = Solution(coordinates, ridge(2, 3, time_dependent=True, context_features=1))
-    names = [name for name, _ in module.named_parameters()]
-    leaves = [torch.randn(2, 2, dtype=torch.float64), torch.randn(2, 1, dtype=torch.float64)]
-    leaves += [p.detach().clone() for p in module.parameters()]
-
-    def solution(x, context, *parameters):
-        values = dict(zip(names, parameters, strict=True))
-        return torch.func.functional_call(module, values, (x, context))
-
-    leaves = [leaf.requires_grad_() for leaf in leaves]
-    assert torch.autograd.gradcheck(solution, leaves)
-    assert torch.autograd.gradgradcheck(solution, leaves)
-
-
-class TestConvolutionProduct:
-    A = torch.randn(5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    s = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-
-    @staticmethod
-    def product(A, s):
-        return _ConvolutionProduct.apply(A + A.T, s)
-
-    def test_value(self):
-        close(self.product(self.A, self.s), (self.A + self.A.T) @ self.s, 1e-14)
-
-    def test_derivatives(self):
-        arguments = self.A.clone().requires_grad_(), self.s.clone().requires_grad_()
-        assert torch.autograd.gradcheck(self.product, arguments)
-        assert torch.autograd.gradgradcheck(self.product, arguments)
-
-    @pytest.mark.parametrize("leaf", [0, 1])
-    def test_gradient_of_one_argument(self, leaf):
-        arguments = [self.A + self.A.T, self.s]
-        arguments[leaf] = arguments[leaf].clone().requires_grad_()
-        cotangent = torch.randn(5, 3, dtype=torch.float64)
-        (ours,) = torch.autograd.grad(
-            _ConvolutionProduct.apply(*arguments), arguments[leaf], cotangent
-        )
-        (theirs,) = torch.autograd.grad(arguments[0] @ arguments[1], arguments[leaf], cotangent)
-        close(ours, theirs, 1e-14)
-
-    @pytest.mark.parametrize("needs", [(True, False), (False, True)])
-    def test_no_product_in_vain(self, needs):
-        ctx = SimpleNamespace(saved_tensors=(self.A, self.s), needs_input_grad=needs)
-        grads = _ConvolutionProduct.backward(ctx, self.s)
-        assert tuple(grad is not None for grad in grads) == needs
-
-    @pytest.mark.parametrize("in_dims", [(0, 0), (None, 0), (0, None), (1, 1)], ids=str)
-    def test_vmap(self, in_dims):
-        def batched(tensor, dim):
-            return tensor if dim is None else torch.stack([tensor, 2 * tensor.flip(0)], dim=dim)
-
-        arguments = [batched(v, d) for v, d in zip((self.A, self.s), in_dims, strict=True)]
-        for function in (self.product, torch.func.grad(lambda *a: self.product(*a).sin().sum())):
-            ours = torch.func.vmap(function, in_dims)(*arguments)
-            rows = [
-                [
-                    v if d is None else v.select(d, i)
-                    for v, d in zip(arguments, in_dims, strict=True)
-                ]
-                for i in range(2)
-            ]
-            close(ours, torch.stack([function(*row) for row in rows]), 1e-13)
-
-    @pytest.mark.parametrize("hidden", [8, 255, 256, 300])
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-    def test_gram_product(self, hidden, dtype):
-        W = torch.randn(hidden, 20, dtype=dtype) / hidden**0.5
-        gram = (W @ W.T).requires_grad_()
-        s = torch.randn(hidden, 3, dtype=dtype, requires_grad=True)
-        product = _gram_product(gram, s)
-        name = product.grad_fn.name()
-        by_convolution = dtype == torch.float32 and hidden >= 256
-        assert ("ConvolutionProduct" in name) == by_convolution
-        tolerance = 1e-6 if dtype == torch.float32 else 1e-14
-        close(product.double(), gram.double() @ s.double(), tolerance)
