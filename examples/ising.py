@@ -56,7 +56,7 @@ from nflows_mongeampere.training import (
     fit,
     restore,
 )
-from nflows_mongeampere.transport import transports
+from nflows_mongeampere.models import transports
 from nflows_mongeampere.variational import Estimate, WeightedSamples, weigh
 
 PUBLISHED = {16: -2.2940}  # free energy per site at L = 16, arXiv:1809.10188

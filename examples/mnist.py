@@ -66,7 +66,7 @@ from nflows_mongeampere.training import (
     endless,
     fit,
 )
-from nflows_mongeampere.transport import transports
+from nflows_mongeampere.models import transports
 
 SIDE, LEVELS, MARGIN = 28, 256, 1e-6
 FEATURES = SIDE * SIDE

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from benchmark_report import Section, environment, write_report
 from flows import FLOWS, Model
-from nflows_mongeampere.transport import transports
+from nflows_mongeampere.models import transports
 from paired_timing import Timings, Track, interleave, progress_bars
 
 OURS = "Monge-Ampère, 10 steps"
