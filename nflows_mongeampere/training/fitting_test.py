@@ -348,7 +348,7 @@ def test_accumulated_gradients_leave_the_loss_undivided(accumulated, tmp_path):
     guard = DivergenceGuard()
     rows = train(objective, tmp_path, accumulate_grad_batches=accumulated, callbacks=[guard])
     batches = EndlessBatches(DATA, 50)
-    expected = [float(objective.loss(batches[k])) for k in range(5 * accumulated)]
+    expected = [float(objective.loss(batches[k]).detach()) for k in range(objective.batches)]
     means = [sum(part) / len(part) for part in (expected[:10], expected[10:]) if part]
     assert [row["train"] for row in rows] == pytest.approx(means, rel=1e-5)
     assert list(guard._recent) == pytest.approx(expected, rel=1e-5)
@@ -493,24 +493,27 @@ def test_the_guard_sees_what_path_gradients_exploit(tmp_path):
 
     class Waves:
         def log_prob(self, x: Tensor) -> Tensor:
-            return -(x + torch.sin(3 * x)).square().sum(1) / 2
+            return -(x * torch.tensor([1.0, 2.0]) + torch.sin(3 * x)).square().sum(1) / 2
 
-    def objective(steps: int) -> ReverseKL:
+    def objective() -> ReverseKL:
         torch.manual_seed(0)
         flow = MongeAmpereFlow(2, 32, steps=1, solver="midpoint")
         nn.init.normal_(flow.transform.potential.weight, std=3.0)
-        return ReverseKL(flow, Waves(), path_gradient=True, learning_rate=1e-2, steps=steps)
+        budget = {"learning_rate": 1e-2, "warmup_steps": 5, "steps": 100}
+        return ReverseKL(flow, Waves(), path_gradient=True, **budget)
 
     keywords = {"validation": DataLoader(torch.zeros(1, 1))}
-    x = torch.linspace(-10, 10, 2001)[:, None]
-    exact = -2 * float((Waves().log_prob(x).exp().sum() * 0.01).log())
-    rows = train(objective(60), tmp_path / "alone", **keywords)
+    side = torch.linspace(-10, 10, 1001)
+    density = Waves().log_prob(torch.cartesian_prod(side, side)).exp()
+    exact = -float((density.sum() * 0.02**2).log())
+    rows = train(objective(), tmp_path / "alone", **keywords)
     assert rows[-1]["train"] < exact - 1 < rows[-1]["validation"]  # what cannot be
     assert rows[-1]["solver_error"] < -1
-    guarded = objective(60)
+    guarded = objective()
     rows = train(guarded, tmp_path / "guarded", callbacks=[SolverGuard(0.1)], **keywords)
     assert rows[-1]["train"] > exact
-    assert abs(rows[-1]["solver_error"]) < 0.5
+    assert abs(rows[-1]["solver_error"]) < 1
+    restore(guarded, tmp_path / "guarded" / "last.ckpt")
     assert guarded.flow.transform.steps > 1
 
 
