@@ -15,6 +15,12 @@ def test_the_shape_of_pareto_samples(shape):
     assert found == pytest.approx(shape, abs=3 * (1 + shape) / math.sqrt(5000))
 
 
+def test_the_prior_draws_few_samples_towards_one_half():
+    """It counts for 10 samples; those of a uniform distribution have k = -1."""
+    few = generalized_pareto_shape((torch.arange(10, dtype=torch.float64) + 0.5) / 10)
+    assert few == pytest.approx((10 * -1 + 10 * 0.5) / 20, abs=0.2)
+
+
 @pytest.mark.parametrize("shape", [0.2, 0.7, 1.5])
 def test_the_tail_of_pareto_weights_is_theirs(shape):
     drawn = scipy.stats.genpareto.rvs(shape, size=100_000, random_state=2)
