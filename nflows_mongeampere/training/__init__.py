@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nflows_mongeampere.training.batches import EndlessBatches, endless
     from nflows_mongeampere.training.callbacks import BudgetBar, History, SolverGuard
+    from nflows_mongeampere.training.checkpoints import restore
     from nflows_mongeampere.training.divergence import DivergenceError, DivergenceGuard
-    from nflows_mongeampere.training.fitting import fit, restore
+    from nflows_mongeampere.training.fitting import fit
     from nflows_mongeampere.training.objectives import MaximumLikelihood, Objective, ReverseKL
 
 __all__ = [
@@ -31,7 +32,8 @@ _MODULES = {
     "batches": ("EndlessBatches", "endless"),
     "callbacks": ("BudgetBar", "History", "SolverGuard"),
     "divergence": ("DivergenceError", "DivergenceGuard"),
-    "fitting": ("fit", "restore"),
+    "checkpoints": ("restore",),
+    "fitting": ("fit",),
     "objectives": ("MaximumLikelihood", "Objective", "ReverseKL"),
 }
 

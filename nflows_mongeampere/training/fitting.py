@@ -22,8 +22,6 @@ from nflows_mongeampere.training.divergence import DivergenceGuard
 from nflows_mongeampere.training.objectives import Objective
 from nflows_mongeampere.training.scaling import ScaleCheck
 
-__all__ = ["fit", "restore"]
-
 
 def fit(
     objective: Objective,
