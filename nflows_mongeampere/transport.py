@@ -235,10 +235,13 @@ class Transport(Configured, nn.Module):
 
         Returns:
             Outputs, log-determinants, and the score of the density of the outputs, through which no
-            gradient goes; or None where the potential or the solver has no gradient by hand.
+            gradient goes; or None where the potential or the solver has no gradient by hand, or
+            costs are recorded.
         """
         inputs, context = self.potential.accept("inputs", inputs, context)
         dynamics = self.potential.dynamics(inputs, context, evaluations=1)
+        if recorders_of(self):  # the costs of transport are not carried along
+            return None
         if not (dynamics.by_hand and self.integrator.method.reversible) or self.integrator.adaptive:
             return None
         scored = ScoredDynamics(dynamics, score)

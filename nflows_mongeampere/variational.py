@@ -13,6 +13,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from nflows_mongeampere import validation
 from nflows_mongeampere.accuracy import AccuracyWarning
 from nflows_mongeampere.pareto import largest_shape, tail_shape
-from nflows_mongeampere.potentials import AutogradPotential, Potential
+from nflows_mongeampere.potentials import AutogradPotential
 
 
 class Estimate(NamedTuple):
@@ -248,6 +249,9 @@ def weigh(
 ) -> WeightedSamples:
     r"""Draw samples from a flow and weigh them towards a target.
 
+    Where a Laplacian is a random estimate, the exact one is taken, with a warning: the exponential
+    of an unbiased log-density is biased.
+
     Args:
         flow: a flow of nflows or a model of normflows.
         target: an object with ``log_prob``, as normflows' targets have it.
@@ -263,8 +267,8 @@ def weigh(
 
     Raises:
         TypeError: if ``flow`` is no flow, or ``target`` has no ``log_prob``.
-        ValueError: if the log-density of either is a random estimate, whose weights would be
-            biased, or NaN; or if the target does not give one for each sample.
+        ValueError: if the log-density of either is NaN, or if the target does not give one for each
+            sample.
     """
     if not isinstance(flow, nn.Module) or not hasattr(flow, "sample"):
         raise TypeError(
@@ -272,8 +276,6 @@ def weigh(
         )
     if not hasattr(target, "log_prob"):
         raise TypeError(f"target: got {type(target).__name__}, expected an object with log_prob")
-    require_density("flow", flow)
-    require_density("target", target)
     num_samples = validation.integer("num_samples", num_samples)
     batch_size = validation.integer("batch_size", batch_size)
     if context is not None and len(context) not in (1, num_samples):
@@ -287,8 +289,9 @@ def weigh(
         rows = context
         if context is not None and len(context) > 1:
             rows, count = context[first : first + count], 1
-        x, log_q = sample_and_log_prob(flow, count, rows)
-        log_p = target_log_prob(target, x, rows)
+        with exact_laplacians(flow), exact_laplacians(target):
+            x, log_q = sample_and_log_prob(flow, count, rows)
+            log_p = target_log_prob(target, x, rows)
         for name, log_density in (("flow", log_q), ("target", log_p)):
             if bool(log_density.isnan().any()):
                 raise ValueError(f"{name}: the log-density is NaN on samples of the flow")
@@ -398,10 +401,30 @@ def require_density(name: str, flow: Any, *, of_given_points: bool = False) -> N
             )
 
 
-def stochastic_layers(flow: nn.Module) -> Iterator[tuple[str, Potential]]:
+@contextmanager
+def exact_laplacians(model: Any) -> Iterator[None]:
+    """Within it the potentials of a model have their exact Laplacian, with a warning."""
+    changed = [*stochastic_layers(model)] if isinstance(model, nn.Module) else []
+    before = [potential.laplacian_method for _, potential in changed]
+    for place, potential in changed:
+        potential.laplacian_method = "exact"
+        warnings.warn(
+            f"the Laplacian of {place} is a random estimate, whose weights would be biased; the "
+            "exact one is taken here. Build the potential with laplacian='exact' to be rid of this",
+            UserWarning,
+            stacklevel=4,
+        )
+    try:
+        yield
+    finally:
+        for (_, potential), method in zip(changed, before, strict=True):
+            potential.laplacian_method = method
+
+
+def stochastic_layers(flow: nn.Module) -> Iterator[tuple[str, AutogradPotential]]:
     """The potentials in a flow whose Laplacian is a random estimate, with their places."""
     for place, layer in flow.named_modules():
-        if isinstance(layer, Potential) and layer.stochastic:
+        if isinstance(layer, AutogradPotential) and layer.stochastic:
             yield place, layer
 
 

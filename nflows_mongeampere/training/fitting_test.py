@@ -488,8 +488,8 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
         restore(objective, tmp_path / "none.ckpt")
 
 
-def test_the_guard_sees_what_path_gradients_exploit(tmp_path):
-    """Their loss has ln q by the inverse, at one step of the midpoint rule."""
+def test_the_guard_sees_path_gradients_led_astray(tmp_path):
+    """By the score that one step of the midpoint rule carries."""
 
     class Waves:
         def log_prob(self, x: Tensor) -> Tensor:
@@ -503,16 +503,12 @@ def test_the_guard_sees_what_path_gradients_exploit(tmp_path):
         return ReverseKL(flow, Waves(), path_gradient=True, **budget)
 
     keywords = {"validation": DataLoader(torch.zeros(1, 1))}
-    side = torch.linspace(-10, 10, 1001)
-    density = Waves().log_prob(torch.cartesian_prod(side, side)).exp()
-    exact = -float((density.sum() * 0.02**2).log())
-    rows = train(objective(), tmp_path / "alone", **keywords)
-    assert rows[-1]["train"] < exact - 1 < rows[-1]["validation"]  # what cannot be
-    assert rows[-1]["solver_error"] < -1
+    alone = train(objective(), tmp_path / "alone", **keywords)[-1]
+    assert abs(alone["solver_error"]) > 0.3
     guarded = objective()
     rows = train(guarded, tmp_path / "guarded", callbacks=[SolverGuard(0.1)], **keywords)
-    assert rows[-1]["train"] > exact
-    assert abs(rows[-1]["solver_error"]) < 1
+    assert rows[-1]["validation"] < alone["validation"] - 0.3
+    assert abs(rows[-1]["solver_error"]) < 0.3
     restore(guarded, tmp_path / "guarded" / "last.ckpt")
     assert guarded.flow.transform.steps > 1
 

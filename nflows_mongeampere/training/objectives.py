@@ -179,6 +179,7 @@ class Objective(lightning.LightningModule):
         if errors is not None:
             self.log("solver_error", errors.mean(), batch_size=len(errors), sync_dist=True)
 
+    @torch.no_grad()
     def judge(self, batch: Any, seed: int) -> tuple[Tensor, Tensor | None]:
         """The losses of a batch at twice the solver's steps, and the solver's errors of some.
 
