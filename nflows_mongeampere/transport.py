@@ -222,9 +222,15 @@ class Transport(Configured, nn.Module):
         grid = torch.tensor(moments, dtype=points[0].dtype, device=points[0].device)
         return Trajectory(grid, torch.stack(points), torch.stack(logabsdet))
 
+    @property
+    def carries_score(self) -> bool:
+        """Whether :meth:`carry_score` can be called now: with gradients by hand, without costs."""
+        steps = self.integrator.method.reversible and not self.integrator.adaptive
+        return steps and self.potential.by_hand and not recorders_of(self)
+
     def carry_score(
         self, inputs: Tensor, score: Tensor, context: Tensor | None, to_data: bool
-    ) -> tuple[Tensor, Tensor, Tensor] | None:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         r"""The map, with the score :math:`\nabla \ln p` of the density that moves along.
 
         Args:
@@ -235,18 +241,12 @@ class Transport(Configured, nn.Module):
 
         Returns:
             Outputs, log-determinants, and the score of the density of the outputs, through which no
-            gradient goes; or None where the potential or the solver has no gradient by hand, or
-            costs are recorded.
+            gradient goes.
         """
         inputs, context = self.potential.accept("inputs", inputs, context)
-        dynamics = self.potential.dynamics(inputs, context, evaluations=1)
-        if recorders_of(self):  # the costs of transport are not carried along
-            return None
-        if not (dynamics.by_hand and self.integrator.method.reversible) or self.integrator.adaptive:
-            return None
-        scored = ScoredDynamics(dynamics, score)
-        state = self.integrator.solve(scored, self._ends(to_data), self.time)[-1]
-        return scored.points(state), scored.logabsdet(state), scored.score(state)
+        dynamics = ScoredDynamics(self.potential.dynamics(inputs, context, evaluations=1), score)
+        state = self.integrator.solve(dynamics, self._ends(to_data), self.time)[-1]
+        return dynamics.points(state), dynamics.logabsdet(state), dynamics.score(state)
 
     def _map(
         self, name: str, inputs: Tensor, context: Tensor | None, to_data: bool

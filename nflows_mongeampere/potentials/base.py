@@ -62,6 +62,11 @@ class Potential(Configured, nn.Module, ABC):
         """Whether the Laplacian is a random estimate, so that log-densities are too."""
         return False
 
+    @property
+    def by_hand(self) -> bool:
+        """Whether the equations of motion have a gradient that is written by hand."""
+        return False
+
     def forward(self, x: Tensor, t: Time | None = None, context: Tensor | None = None) -> Tensor:
         r"""The value :math:`u(x, t; c)`.
 
@@ -182,6 +187,10 @@ class ClosedFormPotential(Potential):
     Subclasses implement :meth:`_value` and :meth:`dynamics`, which for a single evaluation gives
     the equations of motion in x.
     """
+
+    @property
+    def by_hand(self) -> bool:
+        return True
 
     @abstractmethod
     def dynamics(

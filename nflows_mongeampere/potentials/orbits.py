@@ -27,6 +27,8 @@ FOURIER_SITES = 256
 class Average(ABC):
     r"""The average of a potential over a finite group, :math:`\langle u(gx) \rangle_g`."""
 
+    by_hand: bool = False
+
     @abstractmethod
     def value(self, x: Tensor, t: Time | None, context: Tensor | None) -> Tensor:
         """The value, shape (B,)."""
@@ -83,6 +85,8 @@ class RidgeOrbits(Average):
     holds the translations of a large lattice they are made by convolution
     (:class:`LatticeDynamics`), and the rows are turned by the rest alone.
     """
+
+    by_hand = True
 
     def __init__(self, ridge: RidgePotential, group: Group) -> None:
         self._ridge = ridge

@@ -76,6 +76,10 @@ class SymmetrizedPotential(ClosedFormPotential):
         self._average = potential.averaged(group)
 
     @property
+    def by_hand(self) -> bool:
+        return self._average.by_hand
+
+    @property
     def stochastic(self) -> bool:
         """Whether the potential that is averaged is."""
         return self.potential.stochastic

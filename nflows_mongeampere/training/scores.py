@@ -41,17 +41,16 @@ def sample_with_score(flow: nn.Module, num_samples: int) -> Scored | None:
     Returns:
         The samples, or None where some Monge-Ampère flow cannot carry the score.
     """
-    z, log_prob, score = _base(flow, num_samples)
-    state = Scored(z, log_prob, score)
-    for layer, forward in _towards_data(flow):
-        after = _carry(layer, forward, state)
-        if after is None:
-            return None
-        state = after
+    layers = [*_towards_data(flow)]
+    if not all(layer.carries_score for layer, _ in layers if isinstance(layer, Transport)):
+        return None
+    state = _base(flow, num_samples)
+    for layer, forward in layers:
+        state = _carry(layer, forward, state)
     return state
 
 
-def _base(flow: Any, num_samples: int) -> tuple[Tensor, Tensor, Tensor]:
+def _base(flow: Any, num_samples: int) -> Scored:
     """Samples of the base distribution, with their log-density and score."""
     nflows = hasattr(flow, "_distribution")
     base = flow._distribution if nflows else flow.q0
@@ -59,7 +58,7 @@ def _base(flow: Any, num_samples: int) -> tuple[Tensor, Tensor, Tensor]:
     point = z.detach().requires_grad_()
     log_prob = base.log_prob(point)
     (score,) = torch.autograd.grad(log_prob.sum(), point)
-    return z, log_prob.detach(), score
+    return Scored(z, log_prob.detach(), score)
 
 
 def _towards_data(flow: Any) -> Iterator[tuple[nn.Module, bool]]:
@@ -82,13 +81,11 @@ def _parts(layer: Any, forward: bool) -> Iterator[tuple[nn.Module, bool]]:
         yield layer, forward
 
 
-def _carry(layer: Any, forward: bool, state: Scored) -> Scored | None:
+def _carry(layer: Any, forward: bool, state: Scored) -> Scored:
     x, log_prob, score = state
     if isinstance(layer, Transport):
-        carried = layer.carry_score(x, score, None, forward == layer._forward_to_data)
-        if carried is None:
-            return None
-        outputs, logabsdet, score = carried
+        to_data = forward == layer._forward_to_data
+        outputs, logabsdet, score = layer.carry_score(x, score, None, to_data)
     else:
         ahead, back = layer.forward, layer.inverse
         if not forward:
