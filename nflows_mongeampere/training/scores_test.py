@@ -7,7 +7,7 @@ import pytest
 import torch
 from nflows.distributions import StandardNormal
 from nflows.flows import Flow
-from nflows.transforms import CompositeTransform, InverseTransform, NaiveLinear
+from nflows.transforms import CompositeTransform, InverseTransform, LULinear
 from torch import nn
 
 from nflows_mongeampere import (
@@ -42,7 +42,7 @@ def flow_of_nflows(potential, steps):
     """Two flows, one of them upside down, and a linear layer between them."""
     transforms = [
         MongeAmpereTransform(potential(), steps=steps),
-        NaiveLinear(4),
+        LULinear(4),
         InverseTransform(MongeAmpereTransform(potential(), steps=steps)),
     ]
     return Flow(CompositeTransform(transforms), StandardNormal([4]))
