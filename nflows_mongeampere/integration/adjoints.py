@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -55,8 +55,9 @@ def states(solve: Solve) -> list[Tensor]:
 class _RisingField(nn.Module):
     """The equations of motion as torchdyn's adjoints want them: in rising time, with parameters.
 
-    torchdyn differentiates with respect to ``parameters()``; these are the tensors, leaves or not,
-    that the rate depends on, and the graph carries their gradients on to the model.
+    torchdyn differentiates with respect to ``parameters()``. On the way forward these are the
+    tensors that the rate depends on, whose graph carries gradients on to the model; on the way back
+    they are copies that do not depend on each other, real where the tensors are complex.
     """
 
     def __init__(self, solve: Solve) -> None:
@@ -65,18 +66,24 @@ class _RisingField(nn.Module):
         self.sign = 1.0 if solve.times[1] > solve.times[0] else -1.0
         # torchdyn's adaptive loops have no bound of their own; a step has up to 7 evaluations
         self._most = 7 * solve.integrator.max_steps if solve.integrator.adaptive else None
-        tensors = solve.dynamics.tensors
-        self._tensors = [t for t in tensors if t is not None and t.requires_grad]
-        if not self._tensors:
-            self._tensors = [solve.dynamics.state.new_zeros(1, requires_grad=True)]
+        tensors: list[Any] = list(solve.dynamics.tensors)
+        learning = {i: _real(t) for i, t in enumerate(tensors) if t is not None and t.requires_grad}
+        copies = {i: t.detach().requires_grad_() for i, t in learning.items()}
+        for i, copy in copies.items():
+            tensors[i] = torch.view_as_complex(copy) if tensors[i].is_complex() else copy
+        self._dynamics = solve.dynamics.rebound(tensors)
+        nothing = [solve.dynamics.state.new_zeros(1, requires_grad=True)]
+        self._given = list(learning.values()) or nothing
+        self._copies = list(copies.values()) or nothing
+        self._goes_back = False
 
     def parameters(self, recurse: bool = True):  # type: ignore[no-untyped-def]
-        return iter(self._tensors)
+        return iter(self._copies if self._goes_back else self._given)
 
     def begin_backward(self, grad: Tensor) -> None:
         """Watch the solve of the adjoint equation, which starts from ``grad``."""
         forbid_second_derivatives(grad)
-        self.evaluations = 0
+        self.evaluations, self._goes_back = 0, True
 
     # torchdyn looks for a parameter of this name
     def forward(self, t: Tensor, state: Tensor) -> Tensor:
@@ -87,11 +94,16 @@ class _RisingField(nn.Module):
                 f"{self._most // 7}: the potential explodes or is too stiff for the tolerance; "
                 "raise atol and rtol or max_steps, use smaller weights, or use a fixed-step solver"
             )
-        rate = self.sign * self._solve.dynamics.rate(self._start + self.sign * t, state)
+        rate = self.sign * self._dynamics.rate(self._start + self.sign * t, state)
         if torch.is_grad_enabled():
             # torchdyn needs a gradient, be it zero, for every parameter and for the time
-            rate = rate + 0 * (t.sum() + sum(p.sum() for p in self._tensors))
+            rate = rate + 0 * (t.sum() + sum(p.sum() for p in self._copies))
         return rate
+
+
+def _real(tensor: Tensor) -> Tensor:
+    # no view, for torchdyn's gradients of it begin anywhere in memory
+    return torch.stack([tensor.real, tensor.imag], -1) if tensor.is_complex() else tensor
 
 
 def _import_ode_problem():  # type: ignore[no-untyped-def]
