@@ -251,9 +251,10 @@ class Solve:
                 through where gradients are enabled.
         """
         if rate is None:
-            seen = torch.is_grad_enabled() or not self.dynamics.by_hand
-            seen = seen or transformed(state, *self.dynamics.tensors)
-            rate = self.dynamics.rate if seen else self.evaluate
+            # an implicit step differentiates, whatever the mode outside
+            by_hand = self.dynamics.by_hand and self.method.reversible
+            seen = torch.is_grad_enabled() or transformed(state, *self.dynamics.tensors)
+            rate = self.evaluate if by_hand and not seen else self.dynamics.rate
         self._rates, self._lengths = [], []
         path, y = Path(), self.method.begin(rate, self.times[0], state)
         advance = self._adaptive if self.method.adaptive else self._fixed
