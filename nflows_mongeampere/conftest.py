@@ -280,3 +280,20 @@ def log_determinant(transform: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
     """Assert that every entry agrees, relative to 1 or to its size."""
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+class Growth(Potential):
+    """u = rate |x|^(power + 1) / (power + 1) in one dimension: dx/dt = rate x^power."""
+
+    def __init__(self, rate: float = 1.0, power: int = 1) -> None:
+        super().__init__()
+        self.rate, self.power = rate, power
+
+    def _value(self, x: Tensor, t: object, context: Tensor | None) -> Tensor:
+        return self.rate * x.pow(self.power + 1).sum(1) / (self.power + 1)
+
+    def _gradient(self, x: Tensor, t: object, context: Tensor | None) -> Tensor:
+        return self.rate * x.pow(self.power)
+
+    def _laplacian(self, x: Tensor, t: object, context: Tensor | None) -> Tensor:
+        return self.rate * self.power * x.pow(self.power - 1).sum(1)
