@@ -272,7 +272,7 @@ class Solve:
             if not torch.compiler.is_compiling():
                 self._lengths.append(abs(t_next - t))
                 row = self.dynamics.coordinates
-                self._rates.extend(slope[row].detach() for slope in slopes)
+                self._rates.extend(slope[row].detach().clone() for slope in slopes)
         return y
 
     def grid(self, start: float, stop: float) -> list[float]:
