@@ -253,7 +253,8 @@ class Solve:
         if rate is None:
             # an implicit step differentiates, whatever the mode outside
             by_hand = self.dynamics.by_hand and self.method.reversible
-            seen = torch.is_grad_enabled() or transformed(state, *self.dynamics.tensors)
+            seen = torch.is_grad_enabled() or compiling()
+            seen = seen or transformed(state, *self.dynamics.tensors)
             rate = self.evaluate if by_hand and not seen else self.dynamics.rate
         self._rates, self._lengths = [], []
         path, y = Path(), self.method.begin(rate, self.times[0], state)

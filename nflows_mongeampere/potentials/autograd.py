@@ -112,9 +112,10 @@ class AutogradPotential(Potential):
     def _draw_probe(self, x: Tensor) -> Tensor | None:
         if not self.stochastic:
             return None
+        where: dict[str, Any] = {"dtype": x.dtype, "device": x.device}
         if self.probe == "gaussian":
-            return torch.randn_like(x)
-        return torch.randint_like(x, 2) * 2 - 1
+            return torch.randn(x.shape, **where)
+        return torch.randint(2, x.shape, **where) * 2 - 1
 
     def _value(self, x: Tensor, t: Time | None, context: Tensor | None) -> Tensor:
         arguments: dict[str, Tensor | None] = {}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nflows_mongeampere import validation
+from nflows_mongeampere.differentiation import compiling, transformed
 from nflows_mongeampere.dynamics import Dynamics, Field, FieldDynamics, Time, as_rows, start
 from nflows_mongeampere.potentials.activations import ACTIVATIONS
 from nflows_mongeampere.potentials.base import ClosedFormPotential
@@ -136,7 +137,7 @@ class ConvolutionalDynamics(Dynamics):
         self.coordinates = potential.features
         self.state = start(inputs, 1)
         weight, amplitude = potential.weight, potential.amplitude
-        inside = _Patches.apply(weight.new_ones(*self._shape, 1), self._side)
+        inside = _patches(weight.new_ones(*self._shape, 1), self._side)
         lengths = weight.flatten(1).square() @ inside
         self.tensors = ConvolutionalTensors(
             weight, amplitude, amplitude * lengths.view_as(amplitude), potential.bias
@@ -146,10 +147,10 @@ class ConvolutionalDynamics(Dynamics):
         weight, amplitude, curvature, bias = self.tensors
         batch, rows = state.shape[1], weight.flatten(1)
         images = state[: self.coordinates].reshape(*self._shape, batch)
-        h = (rows @ _Patches.apply(images, self._side)).view(amplitude.numel(), batch)
+        h = (rows @ _patches(images, self._side)).view(amplitude.numel(), batch)
         p = self._activation.first(h + bias.reshape(-1, 1))
         push = (amplitude.reshape(-1, 1) * p).view(len(rows), -1)
-        velocity = _Overlap.apply(rows.T @ push, (*self._shape, batch), self._side)
+        velocity = _overlap(rows.T @ push, (*self._shape, batch), self._side)
         laplacian = curvature.reshape(1, -1) @ self._activation.second(p)
         return torch.cat([velocity.view(self.coordinates, batch), laplacian])
 
@@ -356,8 +357,6 @@ class _Patches(torch.autograd.Function):
     than ``F.unfold``, whose neighbourhoods interleave.
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(images: Tensor, side: int) -> Tensor:
         channels, height, width, batch = images.shape
@@ -375,23 +374,16 @@ class _Patches(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _Overlap.apply(grad, ctx.shape, ctx.side), None
 
-    @staticmethod
-    def jvp(ctx: Any, images: Tensor, _: None) -> Tensor:
-        tangent: Tensor = _Patches.apply(images, ctx.side)
-        return tangent
-
 
 class _Overlap(torch.autograd.Function):
     """The transpose of :class:`_Patches`: what neighbourhoods hold adds up, pixel by pixel."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(patches: Tensor, shape: tuple[int, int, int, int], side: int) -> Tensor:
         channels, height, width, batch = shape
         margin = side // 2
         patches = patches.reshape(channels, side, side, height, width, batch)
-        if torch.compiler.is_compiling():  # compilers take long over writes into parts of a tensor
+        if compiling():  # compilers take long over writes into parts of a tensor
             shifts = [
                 F.pad(patches[:, i, j], (0, 0, j, side - 1 - j, i, side - 1 - i))
                 for i in range(side)
@@ -413,7 +405,16 @@ class _Overlap(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return _Patches.apply(grad.contiguous(), ctx.side), None, None
 
-    @staticmethod
-    def jvp(ctx: Any, patches: Tensor, _: None, __: None) -> Tensor:
-        tangent: Tensor = _Overlap.apply(patches, ctx.shape, ctx.side)
-        return tangent
+
+def _patches(images: Tensor, side: int) -> Tensor:
+    """:class:`_Patches`, in operations of torch where transforms or compilers look through."""
+    through = compiling() or transformed(images)
+    patches: Tensor = (_Patches.forward if through else _Patches.apply)(images, side)
+    return patches
+
+
+def _overlap(patches: Tensor, shape: tuple[int, int, int, int], side: int) -> Tensor:
+    """:class:`_Overlap`, in operations of torch where transforms or compilers look through."""
+    through = compiling() or transformed(patches)
+    images: Tensor = (_Overlap.forward if through else _Overlap.apply)(patches, shape, side)
+    return images
