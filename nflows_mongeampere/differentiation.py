@@ -25,6 +25,17 @@ def transformed(*tensors: Tensor | None) -> bool:
     return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in given)
 
 
+def vectorized(*tensors: Tensor | None) -> bool:
+    """Whether ``torch.func.vmap`` gives some tensors many values, of which none can be read."""
+    functorch = torch._C._functorch
+    for tensor in tensors:
+        while tensor is not None and functorch.is_functorch_wrapped_tensor(tensor):
+            if functorch.is_batchedtensor(tensor):
+                return True
+            tensor = functorch.get_unwrapped(tensor)
+    return False
+
+
 @contextmanager
 def differentiation(
     x: Tensor, context: Tensor | None

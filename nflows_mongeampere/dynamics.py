@@ -20,7 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from nflows_mongeampere.differentiation import derivatives, differentiation
+from nflows_mongeampere.differentiation import (
+    compiling,
+    derivatives,
+    differentiation,
+    transformed,
+)
 
 Time = float | Tensor
 Field = Callable[[Tensor, "Time | None", "Tensor | None"], "tuple[Tensor, Tensor]"]
@@ -174,6 +179,13 @@ class FieldDynamics(Dynamics):
         self, x: Tensor, t: Time, context: Tensor | None, velocity: Tensor
     ) -> Tensor:
         r""":math:`d\Delta u/dt = \partial_t\Delta u + \nabla\Delta u \cdot \dot x`, shape (B,)."""
+        if compiling() or transformed(x, *self.tensors):
+            time = torch.as_tensor(t, dtype=x.dtype, device=x.device)
+            along = (velocity, torch.ones_like(time))
+            bend: Tensor = torch.func.jvp(
+                lambda x, t: self._field(x, t, context)[1], (x, time), along
+            )[1]
+            return bend
         with differentiation(x, context) as (point, row_context, keep_graph):
             time = torch.as_tensor(t, dtype=x.dtype, device=x.device).detach().requires_grad_()
             laplacian = self._field(point, time, row_context)[1]

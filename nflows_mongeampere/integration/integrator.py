@@ -16,7 +16,7 @@ from torchdyn.numerics.solvers.ode import SOLVER_DICT, str_to_solver
 from torchdyn.numerics.utils import adapt_step, init_step
 
 from nflows_mongeampere import validation
-from nflows_mongeampere.differentiation import compiling, transformed
+from nflows_mongeampere.differentiation import compiling, transformed, vectorized
 from nflows_mongeampere.dynamics import Dynamics
 from nflows_mongeampere.integration import adjoints
 from nflows_mongeampere.integration.defects import Slopes
@@ -151,6 +151,7 @@ class Integrator:
 
         Raises:
             IntegrationError: if the solver does not arrive or a state is not finite.
+            NotImplementedError: where a compiler or function transform cannot see through.
         """
         return Solve(self, dynamics, times, duration).run()
 
@@ -197,6 +198,7 @@ class Solve:
 
     def run(self) -> list[Tensor]:
         """The states at each of the times; see :meth:`Integrator.solve`."""
+        self.check_visible()
         start, stop = self.times[0], self.times[-1]
         if self.integrator.continuous:
             states = adjoints.states(self)
@@ -233,6 +235,28 @@ class Solve:
             and not compiling()
             and not transformed(*wanted)
         )
+
+    def check_visible(self) -> None:
+        """Raise where a compiler or transform is at work and cannot see through this solve."""
+        settings, tensors = self.integrator, (self.dynamics.state, *self.dynamics.tensors)
+        looks = self.method.adaptive or isinstance(self.method, ImplicitEuler)
+        if looks and (compiling() or vectorized(*tensors)):
+            raise NotImplementedError(
+                f"solver: got {settings.solver!r}, whose steps depend on the numbers in a batch, "
+                "which torch.compile, torch.export, torch.jit.trace and torch.func.vmap do not "
+                "see; use a fixed-step solver such as 'rk4'"
+            )
+        if isinstance(self.method, ImplicitEuler) and transformed(*tensors):
+            raise NotImplementedError(
+                f"solver: got {settings.solver!r}, whose root torch.func and forward-mode "
+                "differentiation cannot see through; use an explicit solver such as 'rk4'"
+            )
+        if settings.continuous and (compiling() or transformed(*tensors)):
+            raise NotImplementedError(
+                f"sensitivity: got {settings.sensitivity!r}, which is for backward() alone; "
+                "torch.func, forward-mode differentiation and compilers need "
+                "sensitivity='autograd'"
+            )
 
     def rebound(self, tensors: Sequence[Tensor | None]) -> Solve:
         """The same solve with other tensors."""

@@ -14,7 +14,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from nflows_mongeampere import validation
 from nflows_mongeampere.differentiation import derivative, differentiation, transformed
-from nflows_mongeampere.dynamics import Field, Time
+from nflows_mongeampere.dynamics import Dynamics, Field, Time
 from nflows_mongeampere.potentials.base import Potential
 
 # What spoils a potential where x goes through it, and what to take instead.
@@ -116,6 +116,17 @@ class AutogradPotential(Potential):
         if self.probe == "gaussian":
             return torch.randn(x.shape, **where)
         return torch.randint(2, x.shape, **where) * 2 - 1
+
+    def dynamics(
+        self, inputs: Tensor, context: Tensor | None, evaluations: int, costs: bool = False
+    ) -> Dynamics:
+        if torch.jit.is_tracing() or getattr(torch.compiler, "is_exporting", bool)():
+            raise NotImplementedError(
+                f"potential: got an AutogradPotential of {type(self.module).__name__}, through "
+                "whose derivatives torch.export and torch.jit.trace do not see; use torch.compile, "
+                "or a potential in closed form"
+            )
+        return super().dynamics(inputs, context, evaluations, costs)
 
     def _value(self, x: Tensor, t: Time | None, context: Tensor | None) -> Tensor:
         arguments: dict[str, Tensor | None] = {}

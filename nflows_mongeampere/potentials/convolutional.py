@@ -379,7 +379,7 @@ class _Overlap(torch.autograd.Function):
     """The transpose of :class:`_Patches`: what neighbourhoods hold adds up, pixel by pixel."""
 
     @staticmethod
-    def forward(patches: Tensor, shape: tuple[int, int, int, int], side: int) -> Tensor:
+    def forward(patches: Tensor, shape: tuple[int, ...], side: int) -> Tensor:
         channels, height, width, batch = shape
         margin = side // 2
         patches = patches.reshape(channels, side, side, height, width, batch)
@@ -413,7 +413,7 @@ def _patches(images: Tensor, side: int) -> Tensor:
     return patches
 
 
-def _overlap(patches: Tensor, shape: tuple[int, int, int, int], side: int) -> Tensor:
+def _overlap(patches: Tensor, shape: tuple[int, ...], side: int) -> Tensor:
     """:class:`_Overlap`, in operations of torch where transforms or compilers look through."""
     through = compiling() or transformed(patches)
     images: Tensor = (_Overlap.forward if through else _Overlap.apply)(patches, shape, side)
