@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from nflows_mongeampere import Integrator, MongeAmpereTransform, RidgePotential, dynamics
-from published_flow import State, classical_rk4, published_transform
+from nflows_mongeampere import MongeAmpereTransform, RidgePotential
+from nflows_mongeampere.integration import Solve
+from published_flow import plain_loop, published_transform
 
-VARIANTS = ("published", "autograd", "recompute")
-SOLVERS = ("hand loop", "torchdyn")
+VARIANTS = ("published", "plain loop", "autograd", "recompute")
 
 FlowMap = Callable[[Tensor], "tuple[Tensor, Tensor]"]
 
@@ -45,9 +45,8 @@ class Size:
 class Problem:
     """A batch and a softplus ridge potential, the same for every way to evaluate the flow.
 
-    ``published`` is the plain published arithmetic. ``autograd`` and ``recompute`` are
-    ``MongeAmpereTransform`` with that sensitivity. ``hand loop`` and ``torchdyn`` integrate the
-    reduced equations of motion, by a loop written by hand and by the package's integrator.
+    ``published`` and ``plain loop`` are the published arithmetic, as it is and without waste;
+    ``autograd`` and ``recompute`` are ``MongeAmpereTransform`` with that sensitivity.
     """
 
     def __init__(self, size: Size) -> None:
@@ -67,12 +66,11 @@ class Problem:
                 "amplitude": normal(size.hidden, scale=0.05),
             }
         )
+        self._maps = {variant: self._flow_map(variant) for variant in VARIANTS}
 
     def log_density(self, variant: str) -> Tensor:
         """The log-density of each sample under the flow with a standard normal base."""
-        noise, logabsdet = self._flow_map(variant)(self.data)
-        normalizer = self.size.features / 2 * math.log(2 * math.pi)
-        return logabsdet - noise.square().sum(1) / 2 - normalizer
+        return log_density(self._maps[variant], self.data)
 
     @torch.no_grad()
     def evaluate(self, variant: str) -> Tensor:
@@ -81,57 +79,62 @@ class Problem:
 
     def train(self, variant: str) -> list[Tensor]:
         """The gradient of the negative log-likelihood, one tensor for each parameter."""
-        parameters = list(self.potential.parameters())
-        return list(torch.autograd.grad(-self.log_density(variant).mean(), parameters))
+        return gradients(self._maps[variant], self.potential, self.data)
 
     def _flow_map(self, variant: str) -> FlowMap:
-        size, potential = self.size, self.potential
+        potential, time, steps = self.potential, self.size.time, self.size.steps
         if variant == "published":
-            return lambda x: published_transform(potential, x, time=size.time, steps=size.steps)
-        if variant == "hand loop":
-            return self._hand_loop
-        if variant == "torchdyn":
-            return self._integrator
-        return MongeAmpereTransform(
-            potential, time=size.time, steps=size.steps, sensitivity=variant
-        )
-
-    def _hand_loop(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        motion = self.potential.dynamics(x, None, 4 * self.size.steps)
-
-        def field(state: State) -> State:
-            return (motion(0.0, state[0]),)
-
-        steps, dt = self.size.steps, -self.size.time / self.size.steps
-        return motion.outputs(classical_rk4(field, (motion.state,), dt=dt, steps=steps)[0])
-
-    def _integrator(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        motion = self.potential.dynamics(x, None, 4 * self.size.steps)
-        times = (self.size.time, 0.0)
-        states = Integrator(steps=self.size.steps).solve(motion, times, self.size.time)
-        return motion.outputs(states[-1])
+            return lambda x: published_transform(potential, x, time=time, steps=steps)
+        if variant == "plain loop":
+            return lambda x: plain_loop(potential, x, time=time, steps=steps)
+        return MongeAmpereTransform(potential, time=time, steps=steps, sensitivity=variant)
 
 
-@contextmanager
-def plain_products() -> Iterator[None]:
-    """Within it the reduced equations multiply by ``@``, like the published arithmetic."""
-    fast = dynamics._gram_product
-    dynamics._gram_product = torch.matmul  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        dynamics._gram_product = fast
+def log_density(flow_map: FlowMap, data: Tensor) -> Tensor:
+    """The log-density of each sample, with a standard normal base."""
+    noise, logabsdet = flow_map(data)
+    normalizer = data.shape[1] / 2 * math.log(2 * math.pi)
+    return logabsdet - noise.square().sum(1) / 2 - normalizer
 
 
-def saved_bytes(problem: Problem, variant: str) -> int:
-    """The size of the tensors that the forward pass keeps for the backward pass."""
-    kept: dict[int, torch.UntypedStorage] = {}
+def gradients(flow_map: FlowMap, potential: torch.nn.Module, data: Tensor) -> list[Tensor]:
+    """The gradient of the negative log-likelihood, one tensor for each parameter."""
+    loss = -log_density(flow_map, data).mean()
+    return list(torch.autograd.grad(loss, list(potential.parameters())))
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        problem.log_density(variant)
-    return sum(storage.nbytes() for storage in kept.values())
+def through_every_stage(transform: MongeAmpereTransform) -> FlowMap:
+    """The same map from data to noise, which autograd differentiates stage by stage."""
+    integrator, potential, time = transform.integrator, transform.potential, transform.time
+
+    def flow_map(x: Tensor) -> tuple[Tensor, Tensor]:
+        dynamics = potential.dynamics(x, None, integrator.evaluations)
+        solve = Solve(integrator, dynamics, (time, 0.0), time)
+        state = solve.march(dynamics.state).states[-1]
+        return dynamics.points(state), dynamics.logabsdet(state)
+
+    return flow_map
+
+
+class _Kept:
+    """A tensor that autograd keeps for the backward pass."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def saved_bytes(forward: Callable[[], Tensor]) -> int:
+    """The size of the tensors that a forward pass keeps for the backward pass."""
+    alive: weakref.WeakSet[_Kept] = weakref.WeakSet()
+
+    def pack(tensor: Tensor) -> _Kept:
+        kept = _Kept(tensor)
+        alive.add(kept)
+        return kept
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
+        result = forward()
+    storages = [kept.tensor.untyped_storage() for kept in alive]
+    total = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    del result
+    return total
