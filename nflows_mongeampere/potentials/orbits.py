@@ -163,7 +163,7 @@ class LatticeDynamics(Dynamics):
     The products with all translates of a row are a correlation, those with their transpose a
     convolution; both are products in Fourier space. Two real rows w and w' share one complex
     transform, as :math:`w + i w'`. The state is :math:`[x; \ell]`, shape (D + 1, B); the equations
-    are those of :class:`~nflows_mongeampere.potentials.ridge.RidgeDynamics`.
+    are those of :class:`~nflows_mongeampere.potentials.ridges.RidgeDynamics`.
     """
 
     by_hand = True
