@@ -9,6 +9,7 @@ from latex2mathml.converter import convert
 
 INLINE = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.DOTALL)
 BLOCK = re.compile(r'<div class="arithmatex">\\\[(.*?)\\\]</div>', re.DOTALL)
+PRIMED = re.compile(r"<msup>(<mi>[^<]*</mi>)<mi>(&#x0203[2-4];)</mi></msup>")
 
 
 def on_page_content(content: str, **_: object) -> str:
@@ -19,4 +20,5 @@ def on_page_content(content: str, **_: object) -> str:
 
 def _mathml(found: re.Match[str], display: str) -> str:
     mathml: str = convert(html.unescape(found[1]).strip(), display=display)
-    return mathml
+    # a prime is raised already: fonts without mathematics make it too small as a superscript
+    return PRIMED.sub(r"<mrow>\1<mo>\2</mo></mrow>", mathml)
