@@ -9,15 +9,27 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 import ising
+import ising_model
+import ising_monte_carlo
 from nflows_mongeampere.groups import point_group, sign_flip, translations
 from nflows_mongeampere.targets import Ising
-from nflows_mongeampere.training import ReverseKL, SolverGuard, fit, restore
+from nflows_mongeampere.training import (
+    EndlessBatches,
+    ReverseKL,
+    SolverGuard,
+    endless,
+    fit,
+    restore,
+)
+from nflows_mongeampere.transport import transports
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -91,7 +103,7 @@ def test_nonsense_is_refused(arguments, message, tmp_path):
 def test_the_flow_has_the_symmetries_of_the_lattice():
     target = Ising(4)
     torch.manual_seed(0)
-    flow = ising.make_flow(target, ising.Settings(pieces=2)).double()
+    flow = ising_model.make_flow(target, ising_model.Settings(pieces=2)).double()
     for name, parameter in flow.named_parameters():
         if name.endswith(("amplitude", "original")):
             torch.nn.init.normal_(parameter, std=2.0)
@@ -110,7 +122,7 @@ def test_cluster_monte_carlo_against_enumeration():
     probability = (-16 * energy / target.temperature).double().softmax(0)
     power = (torch.fft.fft2(rows).abs().square() / 16).double()
     structure = (probability[:, None, None] * power).sum(0)
-    known = ising.reference(target, sweeps=20_000, seed=0)
+    known = ising_monte_carlo.reference(target, sweeps=20_000, seed=0)
     assert known.energy.value == pytest.approx(
         float(probability @ energy.double()), abs=4 * known.energy.error
     )
@@ -121,23 +133,23 @@ def test_cluster_monte_carlo_against_enumeration():
 
 def test_the_guard_catches_a_solver_that_is_too_coarse(tmp_path):
     """One Euler step: without the guard the free energy falls below the exact one."""
-    target = Ising(4)
+    target, fast = Ising(4), ising_model.Settings(learning_rate=0.02)
     gaps = {}
     for guarded in (False, True):
         torch.manual_seed(0)
-        flow = ising.make_flow(target, ising.Settings(pieces=2, kernels=1, steps=1))
-        for transport in ising.transports(flow):
+        flow = ising_model.make_flow(target, ising_model.Settings(pieces=2, kernels=1, steps=1))
+        for transport in transports(flow):
             transport.integrator = replace(transport.integrator, solver="euler")
         objective = ReverseKL(
             flow,
             target,
             num_samples=64,
-            optimizer=lambda f: ising.make_optimizer(ising.Settings(learning_rate=0.02), 16, f),
+            optimizer=partial(ising_model.make_optimizer, fast, 16),
             steps=200,
         )
         ticks = torch.zeros(64, 1)
-        batches = ising.endless(ising.EndlessBatches(ticks, 64), 20)
-        checks = ising.DataLoader(ticks[:2], batch_size=1)
+        batches = endless(EndlessBatches(ticks, 64), 20)
+        checks = DataLoader(ticks[:2], batch_size=1)
         callbacks = [SolverGuard(0.05, most=1024)] if guarded else []
         history = fit(objective, batches, checks, tmp_path / str(guarded), callbacks=callbacks)
         restore(objective, tmp_path / str(guarded) / "last.ckpt")

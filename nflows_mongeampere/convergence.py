@@ -23,14 +23,18 @@ class Converged(Generic[Figure]):
 
     Attributes:
         figure: at ``factor`` times the steps of the model.
-        change: the most that an entry of the figure changes at twice these steps, in its unit: the
-            solver's error, to the order of the solver.
+        finer: the same at twice these steps.
         factor: of the steps, a power of two.
     """
 
     figure: Figure
-    change: float
+    finer: Figure
     factor: int
+
+    @property
+    def change(self) -> float:
+        """The most that an entry changes at twice the steps: an estimate of the solver's error."""
+        return float(torch.as_tensor(self.finer - self.figure).abs().max())
 
 
 def converged(
@@ -55,7 +59,7 @@ def converged(
         doublings: how often the steps are doubled at most.
 
     Returns:
-        The figure, its change at twice the steps, and the factor of the steps.
+        The figure, the same at twice the steps, and the factor of the steps.
 
     Warns:
         AccuracyWarning: if the figure does not stand still within the doublings; ``change`` is
@@ -92,7 +96,7 @@ def converged(
     coarse, factor = at(1), 1
     while True:
         finer = at(2 * factor)
-        found = Converged(coarse, float(torch.as_tensor(finer - coarse).abs().max()), factor)
+        found = Converged(coarse, finer, factor)
         if found.change <= tolerance:
             return found
         if factor >= 2 ** (doublings - 1):

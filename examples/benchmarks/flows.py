@@ -31,9 +31,9 @@ from nflows_mongeampere import (
     AutogradPotential,
     MongeAmpereTransform,
     RidgePotential,
-    refined,
 )
-from nflows_mongeampere.models import transports
+from nflows_mongeampere.convergence import converged
+from nflows_mongeampere.transport import transports
 
 # the widest data whose trace is exact in the test; wider ones leave it to Hutchinson's estimate
 EXACT_FEATURES = 64
@@ -105,16 +105,9 @@ class Nflows(Model):
         if not flows:
             return
         tolerance = max(1e-3, 2.5e-5 * points.shape[1])
-        while max(flow.steps for flow in flows) < 64:
-            torch.manual_seed(0)  # the same probes for both
-            coarse = self.log_prob(points).mean()
-            torch.manual_seed(0)
-            with refined(self):
-                fine = self.log_prob(points).mean()
-            if float((fine - coarse).abs()) < tolerance:
-                break
-            for flow in flows:
-                flow.steps *= 2
+        found = converged(self, lambda: self.log_prob(points).mean(), tolerance)
+        for flow in flows:
+            flow.steps *= found.factor
 
     @property
     def evaluations(self) -> int:
