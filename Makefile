@@ -15,7 +15,7 @@ export PATH := $(subst $(CURDIR)/$(BIN):,,$(PATH))
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(READY) ## train flows on handwritten digits, compare and draw them (about 4 minutes)
+demo: $(READY) ## train flows on handwritten digits, compare and draw them (3 minutes)
 	$(BIN)/python examples/digits.py --out runs/digits
 
 test: $(READY) ## run the tests with branch coverage, one process for each core (5 to 12 minutes)
@@ -55,10 +55,16 @@ benchmark: $(READY) ## measure speed and memory on an idle machine (6 to 15 minu
 clean: ## remove the environment and everything that was made
 	rm -rf $(VENV) $(OLDEST) mutants .coverage runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-# Written last, so that an interrupted installation is taken up again, and checked by importing the
-# package, so that an environment that was moved or whose Python has gone is made anew.
-ifneq ($(shell $(BIN)/python -c "import nflows_mongeampere" 2>/dev/null && echo works),works)
+# Written last, so that an interrupted installation is taken up again. Its Python is asked where the
+# package was installed from, so that an environment that was moved or whose Python has gone is made
+# anew; the targets that need none do not ask.
+HERE := import json, pathlib; from importlib.metadata import distribution; \
+    origin = json.loads(distribution("nflows-mongeampere").read_text("direct_url.json"))["url"]; \
+    print(origin == pathlib.Path.cwd().as_uri())
+ifneq ($(filter-out help clean,$(or $(MAKECMDGOALS),help)),)
+ifneq ($(shell $(BIN)/python -I -c '$(HERE)' 2>/dev/null),True)
 $(shell rm -f $(READY))
+endif
 endif
 
 $(READY): pyproject.toml
