@@ -18,6 +18,8 @@ import torch
 import typer
 
 import architectures
+import comparison_cells
+import comparison_report
 import densities
 import flows
 import peers
@@ -280,13 +282,13 @@ def test_failures_are_results(build, failure, judged, monkeypatch, tmp_path):
     """A training that explodes is judged at its best checkpoint, if it came to one."""
     monkeypatch.setitem(flows.FLOWS, "bad", flows.Architecture("Bad", build, {2: 8}, {2: 1e-3}))
     (tmp_path / "cells").mkdir()
-    cell = architectures.Cell("moons", "bad", 0, 0.5)
-    architectures.run_cell(cell, tmp_path, None)
+    cell = comparison_cells.Cell("moons", "bad", 0, 0.5)
+    comparison_cells.run_cell(cell, tmp_path, None)
     figures = json.loads(cell.path(tmp_path, ".json").read_text())
     assert failure in figures["failure"]
     assert math.isfinite(figures["nll"]) == judged
     assert math.isfinite(figures["validation"]) == judged
-    architectures.report(tmp_path, None)
+    comparison_report.report(tmp_path, None)
     assert failure in (tmp_path / "architectures.md").read_text()
 
 
