@@ -15,14 +15,12 @@ from __future__ import annotations
 
 import nflows_mongeampere.examples.extras  # noqa: F401
 
-import json
 import math
-import os
 import tempfile
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import matplotlib.pyplot as plt
 import torch
@@ -39,7 +37,7 @@ import digits
 from nflows_mongeampere import MongeAmpereTransform, RidgePotential, refined
 from nflows_mongeampere.examples.images import Images
 from nflows_mongeampere.examples.pictures import draw_rows, save_figure
-from nflows_mongeampere.files import write
+from nflows_mongeampere.examples.runs import write_results
 from nflows_mongeampere.training import EndlessBatches, MaximumLikelihood, endless, fit
 
 CLASSES, EMBEDDING = 10, 16
@@ -230,15 +228,13 @@ def main(
     result = score(conditional, images.test, labels.test)
     logistic = logistic_accuracy(images, labels)
     draw(conditional, out / "conditional.png", seed)
-    results: dict[str, Any] = {
-        "command": f"python examples/conditional_digits.py --seconds {seconds:g} --seed {seed}",
-        "threads": torch.get_num_threads(),
-        "cpu_count": os.cpu_count(),
-        "unconditional": asdict(plain),
-        "conditional": asdict(result),
-        "logistic_accuracy": logistic,
-    }
-    write(out / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    write_results(
+        out,
+        f"python examples/conditional_digits.py --seconds {seconds:g} --seed {seed}",
+        unconditional=asdict(plain),
+        conditional=asdict(result),
+        logistic_accuracy=logistic,
+    )
     console.print(table(plain, result, logistic))
     console.print(f"picture: {out / 'conditional.png'}    numbers: {out / 'results.json'}")
 

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import nflows_mongeampere.examples.extras  # noqa: F401
 
-import json
 import math
-import os
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -44,7 +42,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from nflows_mongeampere import MongeAmpereTransform, RidgePotential, refined
 from nflows_mongeampere.examples.images import Images, dequantise, whitening
 from nflows_mongeampere.examples.pictures import draw_rows, save_figure
-from nflows_mongeampere.files import write
+from nflows_mongeampere.examples.runs import write_results
 from nflows_mongeampere.training import EndlessBatches, MaximumLikelihood, endless, fit
 
 LEVELS, SIDE = 17, 8
@@ -254,14 +252,12 @@ def main(
 
     scores = [score(name, flow, digits.test) for name, flow in flows.items()]
     error = draw(flows, digits, out / "digits.png")
-    results = {
-        "command": f"python examples/digits.py --seconds {seconds:g} --seed {seed}",
-        "threads": torch.get_num_threads(),
-        "cpu_count": os.cpu_count(),
-        "reconstruction_error": error,
-        "scores": [asdict(s) for s in scores],
-    }
-    write(out / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    write_results(
+        out,
+        f"python examples/digits.py --seconds {seconds:g} --seed {seed}",
+        reconstruction_error=error,
+        scores=[asdict(s) for s in scores],
+    )
     console.print(table(scores, seconds))
     console.print(f"pictures: {out / 'digits.png'}    numbers: {out / 'results.json'}")
 

@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import nflows_mongeampere.examples.extras  # noqa: F401
 
-import json
 import math
-import os
 import statistics
 import tempfile
 import time
@@ -47,7 +45,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from nflows_mongeampere import MongeAmpereTransform, RidgePotential, refined
 from nflows_mongeampere.examples.pictures import save_figure
-from nflows_mongeampere.files import write
+from nflows_mongeampere.examples.runs import write_results
 
 SAMPLES = 1000  # of each posterior
 SHOWN = 2  # observations in the picture
@@ -300,15 +298,13 @@ def main(
                 )
             )
     draw(shown, observed[:SHOWN], out / "inference.png")
-    results = {
-        "command": f"python examples/inference.py --task {task.value} --simulations {simulations} "
+    write_results(
+        out,
+        f"python examples/inference.py --task {task.value} --simulations {simulations} "
         f"--observations {observations} --seeds {seeds} --epochs {epochs}",
-        "threads": torch.get_num_threads(),
-        "cpu_count": os.cpu_count(),
-        "c2st_exact": floor,
-        "scores": [asdict(s) for s in scores],
-    }
-    write(out / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+        c2st_exact=floor,
+        scores=[asdict(s) for s in scores],
+    )
     console.print(table(scores, floor, f"{task.value}, {simulations} simulations, {seeds} seeds"))
     console.print(f"picture: {out / 'inference.png'}    numbers: {out / 'results.json'}")
 

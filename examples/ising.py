@@ -29,8 +29,7 @@ from ising_monte_carlo import reference
 from ising_pictures import draw_learning, draw_path, draw_samples, draw_structure
 from nflows_mongeampere import refined
 from nflows_mongeampere.convergence import converged
-from nflows_mongeampere.examples.runs import open_folder
-from nflows_mongeampere.files import write
+from nflows_mongeampere.examples.runs import one_line_errors, open_folder, write_json
 from nflows_mongeampere.targets import CRITICAL_TEMPERATURE, Ising
 from nflows_mongeampere.training import (
     DivergenceError,
@@ -176,7 +175,7 @@ def run(config: dict[str, Any], out: Path, overwrite: bool, settings: Settings) 
     # the learning rate has come down to zero and nothing can be learnt by heart: the last is best
     restore(objective, out / "last.ckpt")
     results = judge(objective.flow.cpu().eval(), target.cpu(), config, history, out)
-    write(out / "results.json", json.dumps(asdict(results), indent=2) + "\n")
+    write_json(out / "results.json", asdict(results))
     return results
 
 
@@ -235,11 +234,8 @@ def main(
         "path_gradient": path_pays(length) if path_gradient is None else path_gradient,
     }
     start = time.monotonic()
-    try:
+    with one_line_errors(ValueError, OSError, DivergenceError):
         results = run(config, out or Path("runs") / f"ising-{length}", overwrite, Settings())
-    except (ValueError, OSError, DivergenceError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
     typer.echo(json.dumps(asdict(results), indent=2))
     typer.echo(f"{(time.monotonic() - start) / 60:.1f} minutes in all, {os.cpu_count()} cores")
 

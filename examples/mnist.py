@@ -56,8 +56,13 @@ from nflows_mongeampere.examples.images import (
     whitening,
 )
 from nflows_mongeampere.examples.pictures import draw_rows, mosaic, save_figure
-from nflows_mongeampere.examples.runs import open_folder, peak_memory, resident_memory
-from nflows_mongeampere.files import write
+from nflows_mongeampere.examples.runs import (
+    one_line_errors,
+    open_folder,
+    peak_memory,
+    resident_memory,
+    write_json,
+)
 from nflows_mongeampere.training import (
     DivergenceError,
     EndlessBatches,
@@ -379,7 +384,7 @@ def run(config: dict[str, Any], out: Path, data_dir: Path | None, overwrite: boo
         command=command(config),
         **figures,
     )
-    write(out / "results.json", json.dumps(asdict(results), indent=2) + "\n")
+    write_json(out / "results.json", asdict(results))
     return results
 
 
@@ -417,7 +422,7 @@ def main(
     overwrite: Annotated[bool, typer.Option(help="Begin anew in a folder with a run.")] = False,
 ) -> None:
     """Train a flow on MNIST, evaluate it on the test set and draw what it does."""
-    try:
+    with one_line_errors(ValueError, OSError, DivergenceError):
         if preset not in PRESETS:
             raise ValueError(f"--preset: got {preset!r}, expected one of {', '.join(PRESETS)}")
         config = {
@@ -431,9 +436,6 @@ def main(
         }
         start = time.monotonic()
         results = run(config, out or Path("runs") / preset, data_dir, overwrite)
-    except (ValueError, OSError, DivergenceError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
     typer.echo(json.dumps(asdict(results), indent=2))
     typer.echo(f"{(time.monotonic() - start) / 60:.1f} minutes in all, {os.cpu_count()} cores")
 

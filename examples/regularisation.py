@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import nflows_mongeampere.examples.extras  # noqa: F401
 
-import json
 import statistics
 from pathlib import Path
 from typing import Annotated
@@ -26,7 +25,7 @@ from sklearn.datasets import make_moons
 from torch import Tensor
 
 from nflows_mongeampere import MongeAmpereFlow, transport_costs
-from nflows_mongeampere.files import write
+from nflows_mongeampere.examples.runs import write_json
 
 # weights of kinetic energy and of roughness
 PENALTIES = ((0.0, 0.0), (0.0, 1e-4), (0.0, 1e-3), (0.0, 1e-2), (1e-2, 0.0), (1e-2, 1e-3))
@@ -120,7 +119,7 @@ def main(
             runs.append(judge(train(penalty, iterations, seed), test))
             weights = {"kinetic_penalty": penalty[0], "roughness_penalty": penalty[1]}
             results.append({**weights, "seed": seed, **runs[-1]})
-            write(out / "results.json", json.dumps(results, indent=2) + "\n")
+            write_json(out / "results.json", results)
             console.print(
                 f"penalties {penalty[0]:g} and {penalty[1]:g}, seed {seed}: NLL "
                 f"{runs[-1]['nll']:.4f}, {runs[-1]['steps']} steps"

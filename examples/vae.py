@@ -21,9 +21,7 @@ from __future__ import annotations
 
 import nflows_mongeampere.examples.extras  # noqa: F401
 
-import json
 import math
-import os
 import statistics
 import tempfile
 import warnings
@@ -49,7 +47,7 @@ from torch.utils.data import DataLoader
 import digits
 from nflows_mongeampere import MongeAmpereFlow, RidgePotential, refined
 from nflows_mongeampere.examples.pictures import draw_rows, save_figure
-from nflows_mongeampere.files import write
+from nflows_mongeampere.examples.runs import write_results
 from nflows_mongeampere.normflows import MongeAmpere
 from nflows_mongeampere.training import EndlessBatches, Objective, endless, fit
 
@@ -309,13 +307,11 @@ def main(
             scores.append(score(name, vae, test, seed))
             first.setdefault(name, vae)
     draw(first, test, out / "vae.png")
-    results = {
-        "command": f"python examples/vae.py --seconds {seconds:g} --seeds {seeds}",
-        "threads": torch.get_num_threads(),
-        "cpu_count": os.cpu_count(),
-        "scores": [asdict(s) for s in scores],
-    }
-    write(out / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    write_results(
+        out,
+        f"python examples/vae.py --seconds {seconds:g} --seeds {seeds}",
+        scores=[asdict(s) for s in scores],
+    )
     console.print(table(scores, seconds))
     console.print(f"picture: {out / 'vae.png'}    numbers: {out / 'results.json'}")
 

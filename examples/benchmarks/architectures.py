@@ -8,7 +8,8 @@ file when it is done: the same command takes up a run that was interrupted, and 
 added to a folder. The validation set chooses the checkpoint, the test set is read once. A flow that
 fails in some way leaves a file that says so.
 
-The flows are in ``flows.py``, the data in ``densities.py``.
+The flows are in ``flows.py``, the data in ``densities.py``, training and measuring in
+``comparison_cells.py``, the page in ``comparison_report.py`` and ``comparison_pictures.py``.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from comparison_cells import KINDS, TOY, Cell, run_cells
 from comparison_report import report
 from densities import DATA
 from flows import FLOWS
-from nflows_mongeampere.examples.runs import open_folder
+from nflows_mongeampere.examples.runs import one_line_errors, open_folder
 
 console = Console()
 
@@ -78,7 +79,7 @@ def main(
     overwrite: Annotated[bool, typer.Option(help="Begin anew in a folder with a run.")] = False,
 ) -> None:
     """Compare flows: a table, its figures and pictures."""
-    try:
+    with one_line_errors(ValueError, OSError, ImportError):
         chosen = choose("--data", data, DATA)
         flows = choose("--flow", flow, FLOWS)
         for name in chosen:  # so that what is missing is told before hours of work
@@ -86,9 +87,6 @@ def main(
         for name in flows:
             FLOWS[name].make(2)
         open_folder(out, {"seconds": seconds, "learning_rate": learning_rate}, overwrite)
-    except (ValueError, OSError, ImportError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
     if overwrite:
         shutil.rmtree(out / "cells", ignore_errors=True)
     (out / "cells").mkdir(exist_ok=True)

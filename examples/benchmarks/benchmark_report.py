@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import sys
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 import nflows_mongeampere
+from nflows_mongeampere.examples.runs import write_json
 from nflows_mongeampere.files import write
 
 
@@ -78,10 +78,10 @@ def _cpu_name() -> str:
 
 
 def write_report(folder: Path, name: str, title: str, sections: list[Section]) -> None:
-    """Write ``NAME.md`` and ``results.json`` into ``folder``, each whole or not at all."""
+    """Write ``NAME.md`` and ``results.json`` into ``folder``, each atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     command = f"`python {' '.join(sys.argv)}`"
     text = "\n\n".join([f"# {title}", command, *(section.markdown() for section in sections)])
     figures = {section.name: section.figures for section in sections}
     write(folder / f"{name}.md", text + "\n")
-    write(folder / "results.json", json.dumps(figures, indent=2) + "\n")
+    write_json(folder / "results.json", figures)

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from densities import DATA, Data
 from flows import FLOWS, Model
-from nflows_mongeampere.examples.runs import peak_memory, resident_memory
+from nflows_mongeampere.examples.runs import peak_memory, resident_memory, write_json
 from nflows_mongeampere.files import write
 from nflows_mongeampere.training import (
     DivergenceError,
@@ -292,7 +292,7 @@ def failed(cell: Cell, failure: str) -> Figures:
 
 def save(figures: Figures, cell: Cell, out: Path) -> None:
     """Write the file of a cell."""
-    write(cell.path(out, ".json"), json.dumps(asdict(figures), indent=2) + "\n")
+    write_json(cell.path(out, ".json"), asdict(figures))
 
 
 def run_cells(cells: list[Cell], out: Path, data_dir: Path | None, console: Console) -> None:

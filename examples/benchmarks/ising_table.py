@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 import typer
 
 from nflows_mongeampere.examples.pictures import save_figure
-from nflows_mongeampere.examples.runs import collect
+from nflows_mongeampere.examples.runs import collect, one_line_errors
 from nflows_mongeampere.files import write
 
 PUBLISHED = 0.0219  # above the exact free energy per site at L = 16, arXiv:1809.10188
@@ -91,11 +91,8 @@ def main(
 ) -> None:
     """Collect finished runs: a table, their curves, and the pictures of the largest lattice."""
     name = "{length}-{minutes:.0f}min-seed{seed}"
-    try:
+    with one_line_errors(ValueError):
         found = collect(runs, out, lambda r: (r["length"], -round(r["minutes"]), r["seed"]), name)
-    except ValueError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
     for picture in PICTURES:
         write(out / picture, (found[-1][0] / picture).read_bytes())
     draw_curves(found, out / "learning.png")

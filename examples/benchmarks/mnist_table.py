@@ -18,7 +18,7 @@ import torch
 import typer
 
 from nflows_mongeampere.examples.pictures import mosaic, save_figure
-from nflows_mongeampere.examples.runs import collect
+from nflows_mongeampere.examples.runs import collect, one_line_errors
 from nflows_mongeampere.files import write
 
 # the published run: its loss after so many epochs of 500 steps (arXiv:1809.10188)
@@ -105,11 +105,8 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for the table, figures and metrics.")],
 ) -> None:
     """Collect finished runs into a table with figures, best first."""
-    try:
+    with one_line_errors(ValueError):
         found = collect(runs, out, lambda r: r["nll"], "{preset}")
-    except ValueError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
     table = [
         "| flow | parameters | minutes | test NLL (nats) | at twice the steps | spread of draws "
         "| bits/dim | command |",

@@ -1,12 +1,17 @@
-"""The folders of runs that may be interrupted, and taken up again by the same command."""
+"""Runs of the examples: their folders, which an interrupted run takes up again, and results."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
+import typer
 
 from nflows_mongeampere.files import write
 
@@ -33,7 +38,28 @@ def open_folder(out: Path, config: dict[str, Any], overwrite: bool) -> None:
                 f"--out: {out} holds this run, finished; name another folder or add --overwrite"
             )
     out.mkdir(parents=True, exist_ok=True)
-    write(description, json.dumps(config, indent=2) + "\n")
+    write_json(description, config)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a file atomically."""
+    write(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_results(folder: Path, command: str, **figures: Any) -> None:
+    """Write results.json: the command, what it ran on, and the figures."""
+    machine = {"threads": torch.get_num_threads(), "cpu_count": os.cpu_count()}
+    write_json(folder / "results.json", {"command": command, **machine, **figures})
+
+
+@contextmanager
+def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """Show errors that the user can mend in one line, and end with code 2."""
+    try:
+        yield
+    except kinds as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
 
 
 def read_results(folder: Path) -> dict[str, Any]:
@@ -61,7 +87,7 @@ def collect(
     out.mkdir(parents=True, exist_ok=True)
     for folder, results in found:
         copy = name.format(**results)
-        write(out / f"{copy}.json", json.dumps(results, indent=2) + "\n")
+        write_json(out / f"{copy}.json", results)
         write(out / f"{copy}.csv", (folder / "metrics.csv").read_text())
     return found
 
