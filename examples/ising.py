@@ -30,6 +30,7 @@ from ising_pictures import draw_learning, draw_path, draw_samples, draw_structur
 from nflows_mongeampere import refined
 from nflows_mongeampere.convergence import converged
 from nflows_mongeampere.examples.runs import one_line_errors, open_folder, write_json
+from nflows_mongeampere.models import transports
 from nflows_mongeampere.targets import CRITICAL_TEMPERATURE, Ising
 from nflows_mongeampere.training import (
     DivergenceError,
@@ -41,7 +42,6 @@ from nflows_mongeampere.training import (
     fit,
     restore,
 )
-from nflows_mongeampere.transport import transports
 from nflows_mongeampere.variational import Estimate, weigh
 
 SAMPLES = 10_000  # drawn from a trained flow for its figures
@@ -166,7 +166,7 @@ def run(config: dict[str, Any], out: Path, overwrite: bool, settings: Settings) 
     ticks = torch.zeros(settings.samples, 1)  # the flow draws its batches itself
     history = fit(
         objective,
-        endless(EndlessBatches(ticks, len(ticks)), settings.chapter),
+        endless(EndlessBatches(ticks, len(ticks)), settings.interval),
         DataLoader(TensorDataset(ticks[:4]), batch_size=1),
         out,
         name=f"L = {target.length}",

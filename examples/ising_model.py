@@ -32,7 +32,7 @@ class Settings:
         steps: of each solve, at least.
         samples: fields in each step of the training.
         learning_rate: the highest, for L up to 16; larger lattices learn more slowly, as 1 / L.
-        chapter: training steps between two validations.
+        interval: training steps between two validations.
     """
 
     pieces: int = 12
@@ -40,7 +40,7 @@ class Settings:
     steps: int = 2
     samples: int = 64
     learning_rate: float = 1e-2
-    chapter: int = 50
+    interval: int = 50
 
 
 def best_gaussian(target: Ising) -> Tensor:

@@ -63,6 +63,7 @@ from nflows_mongeampere.examples.runs import (
     resident_memory,
     write_json,
 )
+from nflows_mongeampere.models import transports
 from nflows_mongeampere.training import (
     DivergenceError,
     EndlessBatches,
@@ -72,7 +73,6 @@ from nflows_mongeampere.training import (
     endless,
     fit,
 )
-from nflows_mongeampere.models import transports
 
 SIDE, LEVELS, MARGIN = 28, 256, 1e-6
 TOLERANCE = 0.02  # nats, of a mean loss when the solver's steps are doubled

@@ -20,6 +20,7 @@ import ising
 import ising_model
 import ising_monte_carlo
 from nflows_mongeampere.groups import point_group, sign_flip, translations
+from nflows_mongeampere.models import transports
 from nflows_mongeampere.targets import Ising
 from nflows_mongeampere.training import (
     EndlessBatches,
@@ -29,7 +30,6 @@ from nflows_mongeampere.training import (
     fit,
     restore,
 )
-from nflows_mongeampere.transport import transports
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

@@ -33,7 +33,7 @@ from nflows_mongeampere import (
     RidgePotential,
 )
 from nflows_mongeampere.convergence import converged
-from nflows_mongeampere.transport import transports
+from nflows_mongeampere.models import transports
 
 # the widest data whose trace is exact in the test; wider ones leave it to Hutchinson's estimate
 EXACT_FEATURES = 64
