@@ -347,7 +347,8 @@ class _Lines:
         for column in range(self._side):
             shift = column - margin
             first, last = max(0, -shift), width - max(0, shift)
-            yield column, slice(first, last), slice(first + shift, last + shift)
+            if first < last:
+                yield column, slice(first, last), slice(first + shift, last + shift)
 
 
 class _Patches(torch.autograd.Function):
