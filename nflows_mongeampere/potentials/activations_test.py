@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from nflows_mongeampere.activations import ACTIVATIONS
 from nflows_mongeampere.conftest import close
+from nflows_mongeampere.potentials.activations import ACTIVATIONS
 
 H = torch.linspace(-40, 40, 801, dtype=torch.float64)
 FORMULAS = {
@@ -28,9 +28,23 @@ def test_derivatives_are_those_of_autograd(name):
     activation = ACTIVATIONS[name]
     h = H.clone().requires_grad_()
     (first,) = torch.autograd.grad(activation.value(h).sum(), h, create_graph=True)
-    (second,) = torch.autograd.grad(first.sum(), h)
-    close(activation.first(H), first.detach(), 1e-13)
-    close(activation.second(activation.first(H)), second, 1e-13)
+    (second,) = torch.autograd.grad(first.sum(), h, create_graph=True)
+    (third,) = torch.autograd.grad(second.sum(), h)
+    p = activation.first(H)
+    close(p, first.detach(), 1e-13)
+    close(activation.second(p), second.detach(), 1e-13)
+    close(activation.third(p), third, 1e-13)
+
+    room = torch.empty_like(H)
+    for results in (activation.first(H, room), activation.second(p, room)):
+        assert results is room
+    close(activation.steepness(p, room) * activation.second(p), third, 1e-13)
+
+    force, bend = torch.randn(2, *H.shape, dtype=torch.float64)
+    for bent in (bend, None):
+        g, curvature = activation.pull_back(p, force.clone(), bent)
+        close(g, second * force + (0 if bent is None else third * bent), 1e-13)
+        close(curvature, second.detach(), 1e-13)
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)

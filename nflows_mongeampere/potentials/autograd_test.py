@@ -1,4 +1,5 @@
 import math
+import warnings
 
 import pytest
 import torch
@@ -6,13 +7,12 @@ from torch import nn
 
 from nflows_mongeampere import AutogradPotential, MongeAmpereTransform
 from nflows_mongeampere.conftest import (
-    SHAPES,
     ContextNetwork,
     Network,
+    TimeContextNetwork,
     close,
     definition,
     differentiate,
-    make_potential,
 )
 
 
@@ -43,29 +43,6 @@ class CountingProbes(AutogradPotential):
     def _draw_probe(self, x):
         self.probes.append(super()._draw_probe(x))
         return self.probes[-1]
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("time_dependent", [False, True])
-@pytest.mark.parametrize("context_features", [None, 2])
-@pytest.mark.parametrize("per_row_time", [False, True])
-@pytest.mark.parametrize("grad", [True, False])
-def test_value_gradient_laplacian(shape, time_dependent, context_features, per_row_time, grad):
-    x = torch.randn(4, *shape, dtype=torch.float64)
-    potential = make_potential(
-        "network",
-        x[0].numel(),
-        time_dependent=time_dependent,
-        context_features=context_features,
-    )
-    context = None if context_features is None else torch.randn(4, 2, dtype=torch.float64)
-    t = torch.rand(4, dtype=torch.float64) if per_row_time else 0.7
-    value = definition(potential, context)
-    gradient, laplacian = differentiate(value, x, t)
-    with torch.set_grad_enabled(grad):
-        close(potential(x, t, context), value(x, t))
-        close(potential.gradient(x, t, context).detach(), gradient)
-        close(potential.laplacian(x, t, context).detach(), laplacian)
 
 
 def test_laplacian_over_more_than_one_chunk():
@@ -106,11 +83,11 @@ def test_a_context_computed_from_x_does_not_count_as_x():
 
 @pytest.mark.parametrize("method", ["gradient", "laplacian"])
 def test_derivatives_are_differentiable(method):
-    potential = make_potential("network", 3, time_dependent=True, context_features=2)
+    potential = AutogradPotential(TimeContextNetwork(3).double())
     x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
     context = torch.randn(2, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(
-        lambda x, c: getattr(potential, method)(x, 0.4, c), (x, context)
+        lambda x, c: getattr(potential, method)(x, 0.4, c), (x, context), fast_mode=True
     )
     loss = getattr(potential, method)(x, 0.4, context).square().sum()
     # only the bias of the last layer, which shifts u by a constant, must get nothing
@@ -118,19 +95,6 @@ def test_derivatives_are_differentiable(method):
         loss, list(potential.parameters()), allow_unused=True, materialize_grads=True
     )
     assert [bool(g.any()) for g in grads] == [True, True, True, False]
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_derivatives_without_grad_have_no_graph(mode):
-    potential = make_potential("network", 3, context_features=2)
-    x, context = torch.randn(4, 3).double(), torch.randn(4, 2).double()
-    expected = potential.gradient(x, context=context), potential.laplacian(x, context=context)
-    with mode():
-        x, context = x.clone(), context.clone()
-        actual = potential.gradient(x, context=context), potential.laplacian(x, context=context)
-    for ours, theirs in zip(actual, expected, strict=True):
-        assert not ours.requires_grad
-        close(ours, theirs.detach(), 1e-14)
 
 
 class TestHutchinson:
@@ -206,27 +170,14 @@ class TestHutchinson:
 
 @pytest.mark.parametrize(
     "function",
-    [
-        lambda x: x,
-        lambda x: x.sum(),
-        lambda x: x.sum(1, keepdim=True),
-        lambda x: x.sum(1)[:-1],
-        lambda x: list(x.sum(1)),
-        lambda x: None,
-    ],
-    ids=["(B,D)", "()", "(B,1)", "(B-1,)", "list", "None"],
+    [lambda x: x, lambda x: x.sum(), lambda x: x.sum(1, keepdim=True), lambda x: None],
+    ids=["(B,D)", "()", "(B,1)", "None"],
 )
 def test_module_must_return_one_value_for_each_row(function):
     potential = AutogradPotential(Returns(function))
-    x = torch.randn(4, 3)
-    for call in (
-        potential,
-        potential.gradient,
-        potential.laplacian,
-        MongeAmpereTransform(potential),
-    ):
+    for call in (potential, potential.gradient, MongeAmpereTransform(potential)):
         with pytest.raises(ValueError, match=r"module: Returns returned .* expected .*\(4,\)"):
-            call(x)
+            call(torch.randn(4, 3))
 
 
 def test_context_is_optional_where_the_module_says_so():
@@ -240,7 +191,6 @@ def test_context_is_optional_where_the_module_says_so():
     ("arguments", "error", "name"),
     [
         ({"module": lambda x: x.sum(1)}, TypeError, "module"),
-        ({"module": None}, TypeError, "module"),
         ({"module": Network}, TypeError, "module"),
         ({"laplacian": "stein"}, ValueError, "laplacian"),
         ({"probe": "uniform"}, ValueError, "probe"),
@@ -250,17 +200,6 @@ def test_bad_construction(arguments, error, name):
     arguments = {"module": Network(2)} | arguments
     with pytest.raises(error, match=f"{name}: got"):
         AutogradPotential(arguments.pop("module"), **arguments)
-
-
-def test_module_that_does_not_fit_its_input():
-    with pytest.raises(ValueError, match=r"^module: Linear failed on x of shape \(2, 3\): .*mat1"):
-        AutogradPotential(nn.Linear(4, 1))(torch.zeros(2, 3))
-
-
-@pytest.mark.parametrize("module", [nn.Module(), nn.ModuleList()])
-def test_module_without_forward(module):
-    with pytest.raises(TypeError, match=r"^module: got .* with a forward"):
-        AutogradPotential(module)
 
 
 @pytest.mark.parametrize(
@@ -273,6 +212,14 @@ def test_module_without_forward(module):
         (nn.Dropout(), "which draws anew in every evaluation"),
     ],
 )
-def test_layers_that_make_no_density_are_refused(layer, message):
-    with pytest.raises(ValueError, match=f"^module: Sequential .*{message}"):
+def test_layers_that_spoil_a_density_are_warned_of(layer, message):
+    with pytest.warns(UserWarning, match=f"^module: Sequential .*{message}.*Ignore") as caught:
         AutogradPotential(nn.Sequential(nn.Linear(2, 4), layer, nn.Linear(4, 1), nn.Flatten(0)))
+    assert caught[0].filename == __file__
+
+
+def test_layers_that_do_no_harm_pass_in_silence():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layers = nn.Linear(2, 4), nn.Dropout(0.0), nn.LayerNorm(4), nn.Softplus(), nn.Flatten(0)
+        AutogradPotential(nn.Sequential(*layers))
