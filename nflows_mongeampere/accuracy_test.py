@@ -4,7 +4,6 @@ import copy
 import logging
 import math
 import pickle
-import random
 import warnings
 
 import pytest
@@ -14,11 +13,12 @@ from nflows_mongeampere import (
     AccuracyWarning,
     AutogradPotential,
     IntegrationError,
+    MongeAmpereFlow,
     MongeAmpereTransform,
-    RidgePotential,
     StepChoice,
+    refined,
 )
-from nflows_mongeampere.conftest import POTENTIALS, SHAPES, Network, close, make_potential, ridge
+from nflows_mongeampere.conftest import ADAPTIVE, POTENTIALS, Network, close, make, ridge
 from nflows_mongeampere.normflows import MongeAmpere
 
 FACES = [MongeAmpereTransform, MongeAmpere]
@@ -43,24 +43,15 @@ def true_errors(transform, x, context=None, inverse=False):
     return distance(found[0], exact[0]), (found[1] - exact[1]).abs()
 
 
-def random_case(seed, **options):
-    """A flow of any kind, with a batch, a context where it wants one, and a direction."""
+def case(seed, **options):
+    """A flow of any kind with paths that bend, a batch and its context, and a direction."""
     torch.manual_seed(seed)
-    draw = random.Random(seed)
-    shape, context_features = draw.choice(SHAPES), draw.choice([None, 2])
-    potential = make_potential(
-        POTENTIALS[seed % 3],
-        math.prod(shape),
-        hidden=draw.choice([3, 16]),
-        time_dependent=draw.random() < 0.5,
-        context_features=context_features,
-    )
-    with torch.no_grad():  # paths that bend
-        (potential.module.output.weight if seed % 3 == 2 else potential.amplitude).mul_(2)
-    options = {"time": draw.choice([0.5, 1.0])} | options
-    x = torch.randn(4, *shape, dtype=torch.float64)
-    context = None if context_features is None else torch.randn(4, 2, dtype=torch.float64)
-    return draw.choice(FACES)(potential, **options), x, context, draw.random() < 0.5
+    potential, x, context = make(list(POTENTIALS)[seed % len(POTENTIALS)], rows=4)
+    with torch.no_grad():
+        for name, parameter in potential.named_parameters():
+            if name.endswith(("amplitude", "output.weight")):
+                parameter.mul_(2)
+    return FACES[seed % 2](potential, **options), x, context, seed % 3 == 0
 
 
 def count_within(factor, cases, floor=1e-11):
@@ -80,35 +71,25 @@ def count_within(factor, cases, floor=1e-11):
 
 class TestEstimateError:
     def test_estimates_are_near_the_truth(self):
+        settings = [(solver, n) for solver in ("euler", "midpoint", "rk4") for n in (1, 2, 3, 5, 8)]
         cases = [
-            random_case(seed, solver=solver, steps=steps)
-            for seed, (solver, steps) in enumerate(
-                (solver, steps)
-                for solver in ("euler", "midpoint", "rk4")
-                for steps in (1, 2, 3, 5, 8, 11, 16)
-                for _ in range(3)
-            )
+            case(seed, solver=solver, steps=steps)
+            for seed, (solver, steps) in enumerate(settings * 3)
         ]
-        assert len(cases) == 63
-        assert min(count_within(3, cases)) >= 0.95 * 63
+        assert min(count_within(3, cases)) >= 0.95 * len(cases)
 
-    @pytest.mark.parametrize("solver", ["dopri5", "tsit5"])
-    def test_adaptive_solvers(self, solver):
-        cases = [
-            (tolerance, random_case(seed, solver=solver, atol=tolerance, rtol=tolerance))
-            for seed, tolerance in enumerate((1e-3, 1e-4, 1e-5, 1e-6) * 2)
-        ]
-        for tolerance, case in cases:
-            # steps of least size may be far better than what was asked for
-            assert count_within(3, [case], floor=tolerance / 30) == [1, 1]
-        assert min(count_within(3, [case for _, case in cases])) >= 4
+    @pytest.mark.parametrize("solver", ADAPTIVE)
+    @pytest.mark.parametrize("tolerance", [1e-3, 1e-6])
+    def test_adaptive_solvers(self, solver, tolerance):
+        cases = [case(seed, solver=solver, atol=tolerance, rtol=tolerance) for seed in range(8)]
+        # steps of least size may be far better than what was asked for
+        assert count_within(3, cases, floor=tolerance / 30) == [8, 8]
 
     @pytest.mark.parametrize("face", FACES)
     @pytest.mark.parametrize("inverse", [False, True])
     def test_round_trip(self, face, inverse):
-        potential = make_potential("softplus", 6, time_dependent=True, context_features=2)
+        potential, x, context = make("reduced-all")
         transform = face(potential, steps=2)
-        x, context = torch.randn(5, 2, 1, 3).double(), torch.randn(5, 2).double()
         there = solve(transform, x, context, inverse)[0]
         back = solve(transform, there, context, not inverse)[0]
         expected = distance(back, x)
@@ -162,43 +143,43 @@ class TestEstimateError:
             solve(transform, x)
             assert transform.estimate_error(x).logabsdet.max() <= 1e-3
 
-    @pytest.mark.parametrize("method", ["estimate_error", "choose_steps"])
-    @pytest.mark.parametrize(
-        ("x", "error"),
-        [
-            ([[0.0, 0.0]], TypeError),
-            (None, TypeError),
-            (torch.zeros(2), ValueError),
-            (torch.tensor(0.0), ValueError),
-        ],
-    )
-    def test_bad_inputs(self, method, x, error):
-        transform = MongeAmpereTransform(RidgePotential(2, 5))
-        with pytest.raises(error, match=r"^inputs: got .* expected"):
-            getattr(transform, method)(x, *([0.1] if method == "choose_steps" else []))
-
 
 class TestChooseSteps:
-    @pytest.mark.parametrize("seed", range(6))
+    @pytest.mark.parametrize("seed", range(0, len(POTENTIALS), 2))
     @pytest.mark.parametrize(
-        ("solver", "tolerance"),
-        [("euler", 0.01), ("midpoint", 3e-4), ("rk4", 1e-8), ("rk4", 1e-10)],
+        ("solver", "tolerance"), [("euler", 0.01), ("midpoint", 1e-4), ("rk4", 1e-9)]
     )
     def test_the_fewest_steps(self, seed, solver, tolerance):
-        transform, x, context, inverse = random_case(seed, solver=solver, steps=7)
+        transform, x, context, inverse = case(seed, solver=solver, steps=7)
         choice = transform.choose_steps(x, tolerance, context, inverse=inverse)
         assert (transform.steps, transform.tolerance) == (choice.steps, tolerance)
         assert choice.tolerance == tolerance
         assert choice.error <= tolerance
-        assert true_errors(transform, x, context, inverse)[1].max() <= 3 * tolerance
+        assert choice.quantity == "logabsdet"
 
-        def estimate():
-            return transform.estimate_error(x, context, inverse=inverse).logabsdet.max()
+        def error(steps):
+            twin = type(transform)(transform.potential, solver=solver, steps=steps)
+            return true_errors(twin, x, context, inverse)[1].max()
 
-        assert estimate() <= 1.02 * tolerance  # references of different fineness
-        assert choice.steps > 1
-        transform.steps = choice.steps - 1
-        assert estimate() > tolerance
+        assert error(choice.steps) <= 1.02 * tolerance
+        if choice.steps > 1:
+            assert error(choice.steps - 1) > 0.9 * tolerance
+
+    @pytest.mark.parametrize("features", [2, 16])
+    @pytest.mark.parametrize("tolerance", [1e-1, 1e-3, 1e-5, 1e-7])
+    def test_it_bounds_log_prob_where_the_base_is_known(self, features, tolerance):
+        flow = MongeAmpereFlow(features, 32).double()
+        torch.nn.init.normal_(flow.transform.potential.amplitude, std=0.6)
+        z = torch.randn(50, features, dtype=torch.float64)
+        with torch.no_grad():
+            x = flow.transform.inverse(z)[0]
+            choice = flow.transform.choose_steps(x, tolerance)
+            assert choice.quantity == "log_prob"
+            coarse = flow.log_prob(x)
+            with refined(flow, 16):
+                error = (flow.log_prob(x) - coarse).abs().max()
+        assert error <= 1.02 * tolerance
+        assert error > tolerance / 100 or choice.steps == 1
 
     def test_what_it_says(self, caplog):
         transform = MongeAmpereTransform(ridge(2, 5))
@@ -208,21 +189,6 @@ class TestChooseSteps:
         assert f"{choice.steps} steps" in str(choice)
         assert "1e-06" in str(choice)
         assert caplog.record_tuples == [("nflows_mongeampere", logging.INFO, str(choice))]
-
-    @pytest.mark.parametrize("saved", FACES)
-    @pytest.mark.parametrize("fresh", FACES)
-    def test_state_dict(self, saved, fresh):
-        x = torch.randn(8, 2, dtype=torch.float64)
-        transform, other = saved(ridge(2, 5), steps=1), fresh(ridge(2, 5), steps=7)
-        other.load_state_dict(transform.state_dict())
-        assert (other.steps, other.tolerance) == (7, None)
-
-        choice = transform.choose_steps(x, 1e-8)
-        assert choice.steps not in (1, 7)
-        other.load_state_dict(transform.state_dict())
-        assert (other.steps, other.tolerance) == (choice.steps, 1e-8)
-        inverse = saved is not fresh
-        assert torch.equal(solve(other, x, inverse=inverse)[1], solve(transform, x)[1])
 
     @pytest.mark.parametrize("clone", [copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t))])
     def test_copies(self, clone):
@@ -239,10 +205,8 @@ class TestChooseSteps:
         [
             ((torch.zeros(0, 2), 0.1), {}, ValueError, "^inputs: got no rows"),
             ((torch.zeros(4, 2), 0), {}, ValueError, "^tolerance: got 0"),
-            ((torch.zeros(4, 2), -0.1), {}, ValueError, "^tolerance: got -0.1"),
             ((torch.zeros(4, 2), math.nan), {}, ValueError, "^tolerance: got nan"),
             ((torch.zeros(4, 2), "0.1"), {}, TypeError, "^tolerance: got '0.1'"),
-            ((torch.zeros(4, 2), None), {}, TypeError, "^tolerance: got None"),
             ((torch.zeros(4, 2), 0.1), {"solver": "dopri5"}, ValueError, "^solver: got 'dopri5'"),
             (
                 (torch.randn(9, 2), 1e-12),
@@ -311,3 +275,24 @@ class TestAccuracyWarning:
 
     def test_not_where_nothing_was_chosen(self):
         assert self.warnings_of(MongeAmpereTransform(ridge(2, 5, scale=2.0), steps=1), 8) == 0
+
+    def test_it_points_to_the_line_of_the_user(self, transform):
+        transform.steps = 1
+        with pytest.warns(AccuracyWarning) as caught, torch.no_grad():
+            torch.nn.Sequential(transform)(self.x)
+        assert caught[0].filename == __file__
+
+    def test_it_watches_the_largest_error(self, transform):
+        """Of one row in eight, where the mean is within the tolerance."""
+        with torch.no_grad():  # a wall at 3
+            transform.potential.weight.copy_(torch.tensor([5.0, 0.0]))
+            transform.potential.bias.fill_(-15.0)
+            transform.potential.amplitude.fill_(0.02)
+        batch = torch.zeros(8, 2, dtype=torch.float64)
+        batch[3, 0] = 3.2
+        errors = true_errors(type(transform)(transform.potential, steps=1), batch)[1]
+        tolerance = float(errors.max()) / 2
+        assert errors.mean() < tolerance
+        transform._adopt(1, tolerance)
+        with pytest.warns(AccuracyWarning):
+            solve(transform, batch)
