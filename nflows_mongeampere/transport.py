@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from nflows_mongeampere import accuracy, validation
 from nflows_mongeampere.accuracy import AccuracyWarning, ErrorEstimate, StepChoice
 from nflows_mongeampere.configured import Configured
-from nflows_mongeampere.costs import recorders_of
+from nflows_mongeampere.costs import recorders_of, unrecorded
 from nflows_mongeampere.dynamics import ScoredDynamics
 from nflows_mongeampere.integration import Integrator, Solve
 from nflows_mongeampere.integration.defects import Slopes
@@ -104,6 +104,7 @@ class Transport(Configured, nn.Module):
     def steps(self, value: int) -> None:
         self.integrator = replace(self.integrator, steps=value)
 
+    @torch.no_grad()
     def estimate_error(
         self, inputs: Tensor, context: Tensor | None = None, *, inverse: bool = False
     ) -> ErrorEstimate:
@@ -128,8 +129,7 @@ class Transport(Configured, nn.Module):
         to_data = self._forward_to_data != inverse
         solve = self._solver("inputs", inputs, context, to_data)
         outputs, of_outputs, of_logabsdet = accuracy.compare(solve, self.integrator)
-        with torch.no_grad():
-            back, _ = self._solver("inputs", outputs, context, not to_data)(self.integrator)
+        back, _ = self._solver("inputs", outputs, context, not to_data)(self.integrator)
         return ErrorEstimate(of_outputs, of_logabsdet, accuracy.distance(back, inputs))
 
     def choose_steps(
@@ -310,16 +310,17 @@ class Transport(Configured, nn.Module):
         first: int = -1,
     ) -> list[tuple[Tensor, Tensor]]:
         """Check a batch and follow it: its points and log-determinants at ``times[first:]``."""
-        device = getattr(inputs, "device", torch.device("cpu")).type
-        if not torch.is_autocast_enabled(device):
-            inputs, context = self.potential.accept(name, inputs, context)
-            return self._integrate(self.integrator, inputs, context, times, first)
-        # errors add up along the path: a log-density in half precision means nothing
-        with torch.autocast(device, enabled=False):
-            inputs, context = self.potential.accept(
-                name, self._refine(inputs), None if context is None else self._refine(context)
-            )
-            return self._integrate(self.integrator, inputs, context, times, first)
+        inputs, context = self._accept(name, inputs, context)
+        return self._integrate(self.integrator, inputs, context, times, first)
+
+    def _accept(
+        self, name: str, inputs: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Check a batch; where autocast has halved it, in the precision of the parameters."""
+        if torch.is_autocast_enabled(getattr(inputs, "device", torch.device("cpu")).type):
+            inputs = self._refine(inputs)
+            context = None if context is None else self._refine(context)
+        return self.potential.accept(name, inputs, context)
 
     def _integrate(
         self,
@@ -330,6 +331,10 @@ class Transport(Configured, nn.Module):
         first: int = -1,
     ) -> list[tuple[Tensor, Tensor]]:
         """The points of a checked batch and their log-determinants at ``times[first:]``."""
+        if torch.is_autocast_enabled(inputs.device.type):
+            # errors add up along the path: a log-density in half precision means nothing
+            with torch.autocast(inputs.device.type, enabled=False):
+                return self._integrate(integrator, inputs, context, times, first)
         recorders = recorders_of(self)
         dynamics = self.potential.dynamics(inputs, context, integrator.evaluations, bool(recorders))
         if inputs.shape[0] == 0:
@@ -347,11 +352,11 @@ class Transport(Configured, nn.Module):
         self, name: str, inputs: Tensor, context: Tensor | None, to_data: bool
     ) -> accuracy.Map:
         """The map as a function of the integrator, with the same random probe in each solve."""
-        inputs, context = self.potential.accept(name, inputs, context)
+        inputs, context = self._accept(name, inputs, context)
         devices = [inputs.device] if inputs.is_cuda else []
 
         def solve(integrator: Integrator) -> tuple[Tensor, Tensor]:
-            with torch.random.fork_rng(devices=devices):
+            with unrecorded(), torch.random.fork_rng(devices=devices):
                 return self._integrate(integrator, inputs, context, self._ends(to_data))[-1]
 
         return solve

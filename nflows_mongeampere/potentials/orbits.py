@@ -251,7 +251,7 @@ def spread(columns: Tensor, lattice: tuple[int, ...]) -> Tensor:
     """Numbers of each row, (M, B), at every site, in the order of :func:`correlate`: (B, F)."""
     if len(columns) % 2:
         columns = F.pad(columns, (0, 0, 0, 1))
-    pairs = columns.T.unflatten(1, (len(columns) // 2, 1, 2))
+    pairs: Tensor = columns.T.unflatten(1, (len(columns) // 2, 1, 2))
     return pairs.expand(-1, -1, math.prod(lattice), -1).flatten(1)
 
 
