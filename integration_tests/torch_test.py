@@ -1,4 +1,4 @@
-"""Citizenship in PyTorch: dtypes, devices, copies, derivatives, compilers, modes, manners."""
+"""Citizenship in PyTorch: transforms, compilers, exporters, dtypes, devices, copies, manners."""
 
 import copy
 import pickle
@@ -13,17 +13,342 @@ from nflows.distributions import StandardNormal
 from nflows.flows import Flow
 from nflows.transforms import CompositeTransform, LULinear
 from torch import nn
-from torch.autograd.functional import hessian
+from torch.autograd import forward_ad
+from torch.autograd.functional import hessian, jacobian, jvp
+from torch.func import functional_call
 from torch.nn.utils import parametrize
 from torchdyn.numerics.solvers.ode import str_to_solver
 
-from cases import CASES, FACES, POTENTIALS, ROUND_TRIP, SENSITIVITIES, Case, Model
-from nflows_mongeampere import MongeAmpereTransform, RidgePotential
+from cases import CASES, POTENTIALS, ROUND_TRIP, SENSITIVITIES, Case, Model
+from nflows_mongeampere import (
+    MongeAmpereFlow,
+    MongeAmpereTransform,
+    RidgePotential,
+    SymmetrizedPotential,
+    transport_costs,
+)
+from nflows_mongeampere.groups import translations
 
-EXPLICIT = [s for s in ROUND_TRIP if s != "ieuler"]
 every_potential = pytest.mark.parametrize("potential", POTENTIALS)
-every_solver = pytest.mark.parametrize("solver", ROUND_TRIP)
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
+every_certain_case = pytest.mark.parametrize(
+    "case", [case for case in CASES if case.potential != "hutchinson"], ids=str
+)
+
+
+class Density(nn.Module):
+    """``log_prob`` as a forward, with the same Hutchinson probe in every call."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.density = model.density
+
+    def forward(self, *inputs):
+        return self.density.log_prob(*inputs)
+
+
+class Sampler(nn.Module):
+    """Noise to data as a forward."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.transport = model.transport
+
+    def forward(self, *inputs):
+        return self.transport.inverse(*inputs)[0]
+
+
+def inputs_of(case, size=3):
+    return tuple(v for v in case.batch(size) if v is not None)
+
+
+def with_probe(call, *arguments):
+    """With the same Hutchinson probe in every call."""
+    torch.manual_seed(2)
+    return call(*arguments)
+
+
+def of_one_row(potential):
+    """The log-density of a point, the noise it comes from, and the point."""
+    case = Case(potential)
+    model, (point, *context) = Model(case), inputs_of(case, 1)
+
+    def density(x):
+        return with_probe(model.density.log_prob, x[None], *context)[0]
+
+    def noise(x):
+        return with_probe(model.to_noise, x[None], *context)[0][0]
+
+    return density, noise, point[0]
+
+
+@every_potential
+def test_function_transforms(potential):
+    density, noise, point = of_one_row(potential)
+    same = {"randomness": "same"}  # in all directions of a Jacobian
+    first, second = jacobian(noise, point), hessian(density, point)
+    for found, expected in (
+        (torch.func.grad(density)(point), jacobian(density, point)),
+        (torch.func.jacrev(noise)(point), first),
+        (torch.func.jacfwd(noise, **same)(point), first),
+        (torch.func.jacfwd(torch.func.jacrev(density), **same)(point), second),
+        (torch.func.jacrev(torch.func.jacrev(density))(point), second),
+        (torch.func.jvp(noise, (point,), (point,))[1], jvp(noise, point, point)[1]),
+    ):
+        torch.testing.assert_close(found, expected)
+    if potential != "hutchinson":  # whose probe needs the option
+        torch.testing.assert_close(torch.func.hessian(density)(point), second)
+
+
+@every_potential
+def test_transforms_of_a_potential(potential):
+    """Value, gradient and Laplacian by themselves, and the rows of a batch by vmap."""
+    case = Case(potential)
+    function, (x, *context) = case.build_potential(), inputs_of(case)
+    t = 0.3 if function.time_dependent else None
+
+    def row(method):
+        return lambda x, *c: method(x[None], t, *[v[None] for v in c])[0]
+
+    slope = torch.func.vmap(torch.func.grad(row(function)))(x, *context)
+    torch.testing.assert_close(slope, function.gradient(x, t, *context))
+    bends = torch.func.vmap(torch.func.hessian(row(function)))(x, *context)
+    size = x[0].numel()
+    traces = bends.reshape(len(x), size, size).diagonal(dim1=1, dim2=2).sum(1)
+    if potential != "hutchinson":
+        torch.testing.assert_close(traces, function.laplacian(x, t, *context))
+        each = torch.func.vmap(row(function.laplacian))(x, *context)
+        torch.testing.assert_close(each, traces)
+
+
+@every_potential
+def test_gradients_of_each_sample(potential):
+    """By the input and by the weights, in one call, as backward() gives them row by row."""
+    case = Case(potential)
+    model, inputs = Model(case), inputs_of(case)
+    density = Density(model)
+    weights = {name: p.detach() for name, p in density.named_parameters()}
+
+    def log_prob(weights, *row):
+        return functional_call(density, weights, tuple(v[None] for v in row))[0]
+
+    both = torch.func.grad(log_prob, argnums=(0, 1))
+    rows = (None, *[0] * len(inputs))
+    of_weights, of_inputs = with_probe(
+        torch.func.vmap(both, in_dims=rows, randomness="same"), weights, *inputs
+    )
+    for i in range(3):
+        row = [v[i : i + 1].requires_grad_() for v in inputs]
+        # the shape of a row in vmap is that of a batch of one
+        torch.manual_seed(2)
+        value = density(*row).sum()
+        expected = torch.autograd.grad(value, [row[0], *density.parameters()])
+        torch.testing.assert_close(of_inputs[i : i + 1], expected[0])
+        torch.testing.assert_close(tuple(w[i] for w in of_weights.values()), expected[1:])
+
+
+@pytest.mark.parametrize("learning", [True, False])
+@every_potential
+def test_forward_mode(potential, learning):
+    """Tangents of inputs and weights arrive, whether or not gradients are enabled."""
+    case = Case(potential)
+    model, inputs = Model(case), inputs_of(case)
+    density = Density(model)
+    names = [name for name, _ in density.named_parameters()]
+    weights = [p.detach() for p in density.parameters()]
+
+    def log_prob(*values):
+        given = dict(zip(names, values[len(inputs) :], strict=False))
+        return with_probe(functional_call, density, given, values[: len(inputs)])
+
+    for primals in (inputs, (*inputs, *weights)):
+        moving = primals[-1:] if len(primals) > len(inputs) else primals
+        still = primals[: len(primals) - len(moving)]
+        tangents = tuple(torch.randn_like(v) for v in moving)
+        expected = jvp(lambda *m, still=still: log_prob(*still, *m), moving, tangents)[1]
+        with torch.set_grad_enabled(learning), forward_ad.dual_level():
+            duals = map(forward_ad.make_dual, moving, tangents)
+            tangent = forward_ad.unpack_dual(log_prob(*still, *duals)).tangent
+            torch.testing.assert_close(tangent.detach(), expected)
+
+
+@every_potential
+def test_forward_mode_of_transport_costs(potential):
+    case = Case(potential)
+    model, (x, *context) = Model(case), inputs_of(case)
+
+    def cost(x):
+        with transport_costs(model.density) as costs:
+            with_probe(model.to_noise, x, *context)
+        return costs.kinetic + costs.roughness
+
+    expected = jvp(cost, x, x)[1]
+    with torch.no_grad():
+        torch.testing.assert_close(torch.func.jvp(cost, (x,), (x,))[1], expected)
+
+
+BLIND = {
+    "adaptive": {"solver": "dopri5"},
+    "implicit": {"solver": "ieuler"},
+    "adjoint": {"sensitivity": "adjoint"},
+    "interpolated": {"sensitivity": "interpolated_adjoint"},
+}
+
+
+def trace(module, inputs):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a tracer warns of every size that it sees
+        return torch.jit.trace(module, inputs, check_trace=False)
+
+
+VIEWS = {
+    "vmap": lambda flow, x: torch.func.vmap(lambda row: flow(row[None])[1])(x),
+    "compile": lambda flow, x: torch.compile(flow, backend="eager", fullgraph=True)(x),
+    "export": lambda flow, x: torch.export.export(flow, (x,)),
+    "trace": lambda flow, x: trace(flow, (x,)),
+    "grad": lambda flow, x: torch.func.grad(lambda x: flow(x)[1].sum())(x),
+    "jvp": lambda flow, x: torch.func.jvp(flow, (x,), (x,)),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("settings", BLIND)
+def test_what_cannot_be_seen_through_says_what_to_use(settings, view):
+    torch._dynamo.reset()
+    case = Case("direct", **BLIND[settings])
+    flow, (x,) = Model(case).transport, inputs_of(case)
+    if settings == "adaptive" and view in ("grad", "jvp"):  # where numbers can be read
+        VIEWS[view](flow, x)
+        return
+    with pytest.raises(Exception, match=r"use a(n explicit| fixed-step) solver|='autograd'"):
+        VIEWS[view](flow, x)
+
+
+@pytest.mark.parametrize("view", ["export", "trace"])
+def test_networks_cannot_be_exported(view):
+    case = Case("network")
+    with pytest.raises(NotImplementedError, match=r"Network.*use torch\.compile"):
+        VIEWS[view](Model(case).transport, *inputs_of(case))
+
+
+has_compiler = shutil.which("g++") is not None
+needs_compiler = pytest.mark.skipif(not has_compiler, reason="needs a C++ compiler")
+
+
+def assert_compiles(potential, backend, **keywords):
+    """A new flow, in one graph, with its gradients, learning or not."""
+    torch._dynamo.reset()
+    case = Case(potential, solver="midpoint", keywords={"steps": 1, **keywords})
+    model, inputs = Model(case), inputs_of(case)
+    parameters = list(model.potential.parameters())
+    compiled = torch.compile(model.density.log_prob, backend=backend, fullgraph=True)
+    log_prob = with_probe(compiled, *inputs)
+    expected = with_probe(Model(case).density.log_prob, *inputs)
+    torch.testing.assert_close(log_prob, expected, rtol=1e-10, atol=1e-10)
+    gradients = torch.autograd.grad(log_prob.sum(), parameters)
+    original = with_probe(model.density.log_prob, *inputs).sum()
+    torch.testing.assert_close(gradients, torch.autograd.grad(original, parameters))
+    with torch.no_grad():
+        torch.testing.assert_close(with_probe(compiled, *inputs), expected)
+    torch._dynamo.reset()
+
+
+@every_potential
+def test_compile(potential):
+    assert_compiles(potential, "eager")
+
+
+@pytest.mark.parametrize("potential", ["direct", "convolutional", "network-everything"])
+def test_compile_ahead_of_time(potential):
+    assert_compiles(potential, "aot_eager", solver="euler")
+
+
+@needs_compiler
+def test_compile_to_machine_code():
+    assert_compiles("reduced", "inductor", solver="euler")
+
+
+@pytest.mark.parametrize("part", [Density, Sampler])
+@pytest.mark.parametrize("potential", [p for p in POTENTIALS if "network" not in p])
+def test_export(potential, part):
+    """A new flow, for batches of any size; a trace, too."""
+    if potential == "hutchinson":
+        pytest.skip("a network")
+    case = Case(potential, solver="midpoint")
+    inputs, longer = inputs_of(case), inputs_of(case, 7)
+    sizes = tuple({0: torch.export.Dim("batch")} for _ in inputs)
+    program = torch.export.export(part(Model(case)), inputs, dynamic_shapes=(sizes,))
+    traced = trace(part(Model(case)), inputs)
+    expected = part(Model(case))(*longer)
+    for found in (program.module()(*longer), traced(*longer)):
+        torch.testing.assert_close(found, expected)
+
+
+def test_export_of_samples():
+    """Noise is drawn in the program."""
+    flow = MongeAmpereFlow(2, 4)
+    nn.init.normal_(flow.transform.potential.amplitude)
+
+    class Samples(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.flow = flow
+
+        def forward(self):
+            return self.flow.sample(5)
+
+    program = torch.export.export(Samples(), ()).module()
+    torch.testing.assert_close(with_probe(program), with_probe(flow.sample, 5))
+
+
+@pytest.mark.parametrize("way", ["assign", "to_empty"])
+@every_potential
+def test_meta_device(potential, way):
+    """Built without numbers, filled afterwards."""
+    case = Case(potential)
+    reference, inputs = Model(case), inputs_of(case)
+    with torch.device("meta"):
+        potential = POTENTIALS[case.potential].build(case.activation).double()
+        transform = MongeAmpereTransform(potential, **case.settings)
+    assert all(p.is_meta for p in transform.parameters())
+    if way == "to_empty":
+        transform.to_empty(device="cpu")
+    transform.load_state_dict(reference.transport.state_dict(), assign=way == "assign")
+    for ours, expected in zip(
+        with_probe(transform.inverse, *inputs), with_probe(reference.to_data, *inputs), strict=True
+    ):
+        assert torch.equal(ours, expected)
+
+
+def test_a_flow_from_the_meta_device_samples():
+    reference = MongeAmpereFlow(2, 8)
+    nn.init.normal_(reference.transform.potential.amplitude)
+    with torch.device("meta"):
+        flow = MongeAmpereFlow(2, 8)
+    flow.load_state_dict(reference.state_dict(), assign=True)
+    assert torch.equal(with_probe(flow.sample, 3), with_probe(reference.sample, 3))
+
+
+def test_lattices_in_fourier_space():
+    """Their equations of motion go through all of it as well."""
+    potential = SymmetrizedPotential(RidgePotential(256, 2), translations((16, 16))).double()
+    nn.init.normal_(potential.potential.amplitude, std=20)
+    transform = MongeAmpereTransform(potential, steps=1, solver="midpoint")
+    x = torch.randn(2, 256, dtype=torch.float64)
+
+    def logabsdet(x):
+        return transform(x)[1]
+
+    expected = jvp(logabsdet, x, x)
+    torch.testing.assert_close(torch.func.jvp(logabsdet, (x,), (x,)), expected)
+    each = torch.func.vmap(lambda row: logabsdet(row[None])[0])(x)
+    torch.testing.assert_close(each, expected[0])
+    sizes = {0: torch.export.Dim("batch")}
+    program = torch.export.export(transform, (x,), dynamic_shapes=(sizes,)).module()
+    torch.testing.assert_close(program(x.repeat(2, 1))[1], expected[0].repeat(2))
+    torch._dynamo.reset()
+    compiled = torch.compile(logabsdet, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), expected[0])
 
 
 def in_single_precision(model, x, context):
@@ -93,11 +418,10 @@ def test_state_passes_between_faces(potential):
     [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))],
     ids=["deepcopy", "pickle"],
 )
-@pytest.mark.parametrize("face", FACES)
 @every_potential
-def test_copies_are_independent(potential, face, duplicate):
+def test_copies_are_independent(potential, duplicate):
     case = Case(potential)
-    model = Model(case, face)
+    model = Model(case)
     x, context = case.batch()
     expected = model.log_prob(x, context)
     expected.sum().backward()
@@ -119,9 +443,12 @@ def test_solver_instance_survives_copies():
 
 
 @pytest.mark.parametrize(
-    ("solver", "sensitivity"), [("rk4", "recompute"), *((s, "autograd") for s in EXPLICIT)]
+    ("potential", "solver", "sensitivity"),
+    [
+        *((p, "rk4", s) for p in POTENTIALS for s in ("autograd", "recompute")),
+        *(("direct", s, "autograd") for s in ROUND_TRIP if s not in ("rk4", "ieuler")),
+    ],
 )
-@every_potential
 def test_second_derivatives(potential, solver, sensitivity):
     case = Case(potential, solver=solver, sensitivity=sensitivity, keywords={"rtol": 1e-9})
     model = Model(case)
@@ -191,56 +518,6 @@ def test_gradient_penalty_reaches_the_parameters(potential, sensitivity):
     torch.testing.assert_close(slope, difference, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("solver", EXPLICIT)
-@pytest.mark.parametrize("potential", ["reduced", "direct", "direct-everything"])
-def test_function_transforms(potential, solver):
-    case = Case(potential, solver=solver)
-    model = Model(case)
-    points, context = case.batch(1)
-    point = points[0]
-
-    def density(x):
-        return model.log_prob(x[None], context)[0]
-
-    torch.testing.assert_close(
-        torch.func.grad(density)(point),
-        torch.autograd.functional.jacobian(density, point),
-    )
-    expected = hessian(density, point)
-    for derivative in (torch.func.hessian, lambda f: torch.func.jacrev(torch.func.jacrev(f))):
-        torch.testing.assert_close(derivative(density)(point), expected)
-
-
-@pytest.mark.parametrize(
-    ("potential", "solver", "backend"),
-    [
-        ("reduced", "rk4", "aot_eager"),
-        ("network-everything", "euler", "aot_eager"),
-        pytest.param(
-            "reduced",
-            "euler",
-            "inductor",
-            marks=pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler"),
-        ),
-    ],
-)
-def test_compile(potential, solver, backend):
-    torch._dynamo.reset()
-    case = Case(potential, solver=solver, keywords={"steps": 1})
-    model = Model(case)
-    x, context = case.batch()
-    parameters = list(model.potential.parameters())
-    expected = model.log_prob(x, context)
-    expected_gradients = torch.autograd.grad(expected.sum(), parameters)
-    compiled = torch.compile(model.density.log_prob, backend=backend)
-    torch.manual_seed(2)
-    log_prob = compiled(x, context)
-    torch.testing.assert_close(log_prob, expected, rtol=1e-10, atol=1e-10)
-    gradients = torch.autograd.grad(log_prob.sum(), parameters)
-    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-9, atol=1e-10)
-    torch._dynamo.reset()
-
-
 @every_case
 def test_inference_mode(case):
     model = Model(case)
@@ -286,10 +563,8 @@ def test_manners(case, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("sensitivity", SENSITIVITIES)
-@every_potential
-def test_layout_does_not_matter(potential, sensitivity):
-    case = Case(potential, sensitivity=sensitivity)
+@every_case
+def test_layout_does_not_matter(case):
     model = Model(case)
     x, context = case.batch()
     expected = model.log_prob(x, context)
@@ -300,11 +575,9 @@ def test_layout_does_not_matter(potential, sensitivity):
         torch.testing.assert_close(model.log_prob(other, context), expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("sensitivity", SENSITIVITIES)
-@pytest.mark.parametrize("potential", [p for p in POTENTIALS if p != "hutchinson"])
-def test_expanded_inputs(potential, sensitivity):
+@every_certain_case
+def test_expanded_inputs(case):
     """One row seen four times, and its gradient the sum of theirs."""
-    case = Case(potential, sensitivity=sensitivity)
     model = Model(case)
     row, context = case.batch(1)
     row.requires_grad_()
@@ -318,14 +591,9 @@ def test_expanded_inputs(potential, sensitivity):
     torch.testing.assert_close(summed, 4 * gradient)
 
 
-@pytest.mark.parametrize("sensitivity", SENSITIVITIES)
-@every_solver
-@every_potential
-def test_gradient_of_inputs_and_context(potential, solver, sensitivity):
+@every_case
+def test_gradient_of_inputs_and_context(case):
     """Frozen parameters, as in sampling by Langevin dynamics or in path gradients."""
-    if solver == "alf" and "adjoint" in sensitivity:
-        pytest.skip("refused at construction")
-    case = Case(potential, solver=solver, sensitivity=sensitivity)
     model = Model(case)
     model.density.requires_grad_(False)
     inputs = [v for v in case.batch() if v is not None]
@@ -342,7 +610,7 @@ def test_gradient_of_inputs_and_context(potential, solver, sensitivity):
             for s in (1e-4, -1e-4)
         ]
         difference = (log_prob(shifted[0]) - log_prob(shifted[1])) / 2e-4
-        bound = 0.2 if "adjoint" in sensitivity or solver == "ieuler" else 1e-4
+        bound = 0.2 if "adjoint" in case.sensitivity or case.solver == "ieuler" else 1e-4
         assert ((gradient * direction).sum() - difference).abs() <= bound * gradient.norm()
 
 
@@ -368,10 +636,8 @@ def test_outputs_may_be_changed_in_place(potential):
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
-@pytest.mark.parametrize("sensitivity", SENSITIVITIES)
-@every_potential
-def test_autocast_keeps_the_precision_of_the_parameters(potential, sensitivity):
-    case = Case(potential, sensitivity=sensitivity)
+@every_case
+def test_autocast_keeps_the_precision_of_the_parameters(case):
     model, x, context = in_single_precision(Model(case), *case.batch())
     parameters = list(model.potential.parameters())
     outputs = []
