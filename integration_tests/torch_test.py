@@ -588,7 +588,8 @@ def test_expanded_inputs(case):
     log_prob = model.log_prob(expanded, wide)
     torch.testing.assert_close(log_prob, expected.expand(4))
     (summed,) = torch.autograd.grad(log_prob.sum(), row)
-    torch.testing.assert_close(summed, 4 * gradient)
+    bound = 1e-4 if case.solver == "ieuler" else 1e-7  # whose root is that of a batch
+    torch.testing.assert_close(summed, 4 * gradient, rtol=bound, atol=bound)
 
 
 @every_case
@@ -689,7 +690,7 @@ def test_parametrised_weights_are_bounded_and_trained(potential, sensitivity):
     before = model.potential.weight.detach().clone()
     parametrize.register_parametrization(model.potential, "weight", Bounded())
     lengths = torch.linalg.vector_norm(model.potential.weight, dim=1)
-    assert (lengths <= 2).all()
+    assert (lengths < 2 + 1e-9).all()
     x, context = case.batch()
     bounded = Model(case)
     with torch.no_grad():
