@@ -1,5 +1,6 @@
 """The contract of nflows, to the letter: transforms, composites, base distributions, flows."""
 
+import itertools
 import math
 
 import pytest
@@ -15,11 +16,121 @@ from nflows.flows import Flow
 from torch import nn
 from torch.autograd.functional import jacobian
 
+from cases import POTENTIALS, Case, Model
 from nflows_mongeampere import MongeAmpereFlow, MongeAmpereTransform, Potential, RidgePotential
 
 pytestmark = pytest.mark.usefixtures("float64")
 
 FEATURES = 4
+
+
+every_potential = pytest.mark.parametrize("potential", POTENTIALS)
+
+
+def contexts(case, size):
+    """The contexts that a batch may come with: an unconditional potential takes any, or none."""
+    context = case.batch(size)[1]
+    return [None, torch.randn(size, 3)] if context is None else [context]
+
+
+@pytest.mark.parametrize("size", [0, 1, 5])
+@every_potential
+def test_transform(potential, size):
+    """Shapes, and the inverse after the forward, as nflows composes them."""
+    case = Case(potential)
+    transform, x = Model(case).transport, case.batch(size)[0]
+    there_and_back = transforms.CompositeTransform(
+        [transform, transforms.InverseTransform(transform)]
+    )
+    found = []
+    for context in contexts(case, size):
+        for direction in (transform.forward, transform.inverse):
+            torch.manual_seed(2)
+            points, logabsdet = direction(x, context=context)
+            assert points.shape == x.shape
+            assert logabsdet.shape == (size,)
+            found.append((points, logabsdet))
+        if potential == "hutchinson":  # draws two probes
+            continue
+        points, logabsdet = there_and_back(x, context)
+        torch.testing.assert_close(points, x, rtol=0, atol=1e-5)
+        torch.testing.assert_close(logabsdet, torch.zeros(size), rtol=0, atol=1e-5)
+    torch.testing.assert_close(found[2:], found[:-2])  # a context that is not taken is ignored
+
+
+@every_potential
+def test_logabsdet_is_that_of_the_jacobian(potential):
+    """Of each row; those of other rows do not enter."""
+    case = Case(potential)
+    transform, x = Model(case).transport, case.batch()[0]
+    for context in contexts(case, len(x)):
+        for direction in (transform.forward, transform.inverse):
+            torch.manual_seed(2)
+            logabsdet = direction(x, context)[1]
+            whole = jacobian(lambda x, f=direction, c=context: f(x, c)[0], x)
+            size = x[0].numel()
+            blocks = whole.reshape(len(x), size, len(x), size).transpose(1, 2)
+            for i, j in itertools.product(range(len(x)), repeat=2):
+                if i != j:
+                    assert blocks[i, j].abs().max() == 0
+                elif potential != "hutchinson":
+                    expected = torch.linalg.slogdet(blocks[i, i])[1]
+                    torch.testing.assert_close(logabsdet[i], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [None, 1, 4])
+@every_potential
+def test_flow(potential, rows):
+    """Samples in the shape of an event, for each row of context, with their densities."""
+    case = Case(potential)
+    flow = Model(case).density
+    context = None if rows is None else contexts(case, rows)[-1]
+    if context is None and POTENTIALS[potential].context_features is not None:
+        with pytest.raises(ValueError, match=r"^context: got None"):
+            flow.sample(5)
+        return
+    first = (5,) if context is None else (rows, 5)
+    assert flow.sample(5, context).shape == (*first, *case.shape)
+    samples, log_prob = flow.sample_and_log_prob(5, context)
+    assert samples.shape == (*first, *case.shape)
+    assert log_prob.shape == first
+    events = samples.reshape(-1, *case.shape)
+    repeated = None if context is None else context.repeat_interleave(5, 0)
+    again = flow.log_prob(events, repeated)
+    assert again.shape == (len(events),)
+    if potential != "hutchinson":
+        torch.testing.assert_close(again, log_prob.flatten(), rtol=0, atol=1e-5)
+    assert flow.transform_to_noise(events, repeated).shape == events.shape
+
+
+@every_potential
+def test_density_estimator_of_sbi(potential):
+    """Batches of samples for each of some conditions, whose events have a shape of their own."""
+    module = "sbi.neural_nets.estimators.nflows_flow"
+    estimators = pytest.importorskip(module, reason="needs sbi")
+    case = Case(potential)
+    width, features = POTENTIALS[potential].context_features or 1, math.prod(case.shape)
+    embedding = nn.Sequential(nn.Flatten(), nn.Linear(6, width))
+    flow = Flow(Model(case).transport, StandardNormal([features]), embedding)
+    estimator = estimators.NFlowsFlow(flow, torch.Size([features]), torch.Size([2, 3]))
+    for rows, draws in itertools.product((1, 4), ((), (1,), (3, 2))):
+        condition = torch.randn(rows, 2, 3)
+        samples = estimator.sample(draws, condition)
+        assert samples.shape == (*draws, rows, features)
+        drawn, of_drawn = estimator.sample_and_log_prob(torch.Size(draws), condition)
+        assert drawn.shape == samples.shape
+        assert of_drawn.shape == (*draws, rows)
+        inputs = samples.reshape(-1, rows, features).detach()
+        torch.manual_seed(2)
+        log_prob = estimator.log_prob(inputs, condition)
+        torch.manual_seed(2)
+        repeated = condition.repeat(len(inputs), 1, 1)
+        expected = flow.log_prob(inputs.flatten(0, 1), repeated).view(-1, rows)
+        torch.testing.assert_close(log_prob, expected)
+        assert estimator.loss(inputs[0], condition).shape == (rows,)
+    if POTENTIALS[potential].context_features is not None:
+        log_prob.sum().backward()
+        assert embedding[1].weight.grad.abs().max() > 0
 
 
 class Harmonic(Potential):

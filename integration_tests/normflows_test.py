@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.autograd.functional import jacobian
 
-from cases import SENSITIVITIES, Case
+from cases import POTENTIALS, SENSITIVITIES, Case, Model
 from nflows_mongeampere import RidgePotential
 from nflows_mongeampere.normflows import MongeAmpere
 
@@ -24,6 +24,49 @@ def layer(potential="direct", features=FEATURES, **keywords):
         nn.init.normal_(ridge.amplitude, std=0.5)
         return MongeAmpere(ridge, **case.settings)
     return MongeAmpere(case.build_potential(), **case.settings)
+
+
+def contexts(case, size):
+    """The contexts that a batch may come with: an unconditional potential takes any, or none."""
+    context = case.batch(size)[1]
+    return [None, torch.randn(size, 3)] if context is None else [context]
+
+
+@pytest.mark.parametrize("size", [0, 1, 5])
+@pytest.mark.parametrize("potential", POTENTIALS)
+def test_layer(potential, size):
+    """Shapes and dtypes, and that forward and inverse undo both outputs of each other."""
+    case = Case(potential)
+    flow, z = Model(case, "normflows").transport, case.batch(size)[0]
+    for context in contexts(case, size):
+        for there, back in ((flow.forward, flow.inverse), (flow.inverse, flow.forward)):
+            torch.manual_seed(2)
+            points, log_det = there(z, context=context)
+            assert points.shape == z.shape
+            assert log_det.shape == (size,)
+            assert points.dtype == log_det.dtype == z.dtype
+            torch.manual_seed(2)
+            same, log_det_back = back(points, context=context)
+            torch.testing.assert_close(same, z, rtol=0, atol=1e-5)
+            torch.testing.assert_close(log_det_back, -log_det, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 5])
+@pytest.mark.parametrize("potential", POTENTIALS)
+def test_density(potential, size):
+    """Samples in the shape of an event, with their densities, and the divergence from them."""
+    case = Case(potential)
+    model = Model(case, "normflows").density
+    for context in contexts(case, size):
+        samples, log_prob = model.sample(size, context)
+        assert samples.shape == (size, *case.shape)
+        torch.manual_seed(2)
+        again = model.log_prob(samples, context)
+        assert again.shape == log_prob.shape == (size,)
+        if potential != "hutchinson":
+            torch.testing.assert_close(again, log_prob, rtol=0, atol=1e-5)
+        torch.manual_seed(2)
+        torch.testing.assert_close(model.forward_kld(samples, context), -again.mean())
 
 
 def coupling():
