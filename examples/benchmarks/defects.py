@@ -6,6 +6,7 @@ Flows learn two spirals, two moons and 8x8 digits: with steps enough, with too f
 step for each of four layers at a learning rate at which a training lives off its solver. At three
 times of a training the error of each layer's log-determinant, against 64 times the steps, is
 compared with ``solver_error``, row by row; in float64, so that both are errors of the solver alone.
+It notes at which step the training was warned of its solver.
 
 To add a training, add a line to ``TRAININGS``.
 """
@@ -78,7 +79,7 @@ TRAININGS = (
     Training("digits", 1, 8, 1e-2, 300, hidden=256),
     Training("moons", 1, 8, 1e-2, 600, solver="midpoint"),
     Training("moons", 1, 32, 1e-2, 600, solver="euler"),
-    Training("spirals", 1, 4, 3e-2, 600, honest=False),
+    Training("spirals", 1, 4, 3e-2, 600),
     Training("moons", 1, 2, 3e-2, 600, solver="midpoint", honest=False),
     Training("moons", 1, 4, 3e-2, 600, solver="euler", honest=False),
     Training("spirals", 4, 1, 3e-2, 600, honest=False),
@@ -123,6 +124,7 @@ class Story:
     """What came of a training: the looks at it, and what was said meanwhile."""
 
     training: Training
+    seed: int
     looks: list[Look]
     warned_at: int | None = None
     warning: str = ""
@@ -159,9 +161,9 @@ def look_at(flow: Flow, rows: Tensor, iteration: int) -> Iterator[Look]:
         x = outputs
 
 
-def train(training: Training, rows: int) -> Story:
+def train(training: Training, seed: int, rows: int) -> Story:
     """Train a flow in a plain loop, and look at it now and then."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     data = data_set(training.data)
     layers = [
         MongeAmpereTransform(
@@ -173,7 +175,7 @@ def train(training: Training, rows: int) -> Story:
     ]
     flow = Flow(CompositeTransform(layers), StandardNormal([data.features]))
     optimizer = torch.optim.Adam(flow.parameters(), lr=training.rate)
-    batches, story = data.batches(0), Story(training, [])
+    batches, story = data.batches(seed), Story(training, seed, [])
     times = {max(1, round(time * training.iterations)) for time in TIMES}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -194,26 +196,39 @@ def train(training: Training, rows: int) -> Story:
 
 
 def overview(stories: list[Story]) -> Section:
-    """One line for each training."""
+    """One line for each training, of all seeds."""
     columns = [
         *("training", "true error: nats", "estimated / true", "of 95 % quantiles"),
         *("rank correlation of rows", "warned at step"),
     ]
     rows = []
-    for story in stories:
-        looks = [look.figures() for look in story.looks]
-        end = "diverged" if story.diverged_at is not None else "never"
+    for training in dict.fromkeys(story.training for story in stories):
+        own = [story for story in stories if story.training == training]
+        looks = [look.figures() for story in own for look in story.looks]
         rows.append(
             [
-                f"{story.training}{'' if story.training.honest else ' (too few)'}",
+                f"{training}{'' if training.honest else ' (too few)'}",
                 span([look["true"] for look in looks], ".1e"),
                 span([look["ratio"] for look in looks], ".2f"),
                 span([look["ratio_95"] for look in looks], ".2f"),
                 span([look["rank_correlation"] for look in looks], ".2f"),
-                end if story.warned_at is None else str(story.warned_at),
+                ", ".join(map(warned, own)),
             ]
         )
-    return Section("trainings", "Trainings: all layers at three times", columns, rows)
+    counts = [
+        f"{sum(s.warned_at is not None for s in some)} of {len(some)} {what}"
+        for honest, what in ((True, "with steps enough"), (False, "with too few"))
+        if (some := [story for story in stories if story.training.honest is honest])
+    ]
+    note = f"Trainings that were warned: {'; '.join(counts)}."
+    return Section("trainings", "All layers, at three times", columns, rows, [note])
+
+
+def warned(story: Story) -> str:
+    """The step at which a training was warned."""
+    if story.warned_at is not None:
+        return str(story.warned_at)
+    return "never" if story.diverged_at is None else f"never (diverged at {story.diverged_at})"
 
 
 def span(figures: list[float], form: str) -> str:
@@ -250,20 +265,23 @@ def agreement(stories: list[Story]) -> Section:
 
 def details(stories: list[Story]) -> Section:
     """A line for each layer at each time."""
-    columns = ["training", "step", "layer", "true", "estimated", "ratio", "of 95 %", "rank corr."]
+    columns = [
+        *("training", "seed", "step", "layer", "true", "estimated", "ratio", "of 95 % quantiles"),
+        "rank correlation",
+    ]
     rows = []
     for story in stories:
         for look in story.looks:
             f = look.figures()
             rows.append(
                 [
-                    *(str(story.training), str(look.iteration), str(look.layer)),
+                    *(str(story.training), str(story.seed), str(look.iteration), str(look.layer)),
                     *(f"{f['true']:.1e}", f"{f['estimated']:.1e}", f"{f['ratio']:.2f}"),
                     *(f"{f['ratio_95']:.2f}", f"{f['rank_correlation']:.2f}"),
                 ]
             )
     found: dict[str, Any] = {
-        str(story.training): {
+        f"{story.training}, seed {story.seed}": {
             **vars(story.training),
             "warned_at": story.warned_at,
             "warning": story.warning,
@@ -278,18 +296,19 @@ def details(stories: list[Story]) -> Section:
 def draw(stories: list[Story], path: Path) -> None:
     """True against estimated errors: a dot for each row, a disc for each layer."""
     figure, axis = plt.subplots(figsize=(9, 6.5), layout="constrained")
-    colours = plt.get_cmap("tab20")
-    for number, story in enumerate(stories):
-        colour = colours(number)
+    colours, drawn = plt.get_cmap("tab20"), list(dict.fromkeys(s.training for s in stories))
+    for story in stories:
+        colour, means = colours(drawn.index(story.training)), []
         for look in story.looks:
-            axis.scatter(look.true[:60], look.estimated[:60], s=3, color=colour, alpha=0.35, lw=0)
-        means = [(rms(look.true), rms(look.estimated)) for look in story.looks]
-        marker = "o" if story.training.honest else "^"
+            axis.scatter(look.true[:30], look.estimated[:30], s=3, color=colour, alpha=0.3, lw=0)
+            means.append((rms(look.true), rms(look.estimated)))
         style: dict[str, Any] = {"color": colour, "edgecolors": "black", "lw": 0.5, "zorder": 3}
-        axis.scatter(*zip(*means, strict=True), s=45, marker=marker, label=story.training, **style)
+        style["marker"] = "o" if story.training.honest else "^"
+        style["label"] = None if story.seed else str(story.training)
+        axis.scatter(*zip(*means, strict=True), s=40, **style)
     ends = [1e-9, 1e2]
-    for factor, style in ((1, "-"), (5, "--"), (1 / 5, "--")):
-        axis.plot(ends, [factor * end for end in ends], style, color="grey", lw=1, zorder=0)
+    for factor, line in ((1, "-"), (5, "--"), (1 / 5, "--")):
+        axis.plot(ends, [factor * end for end in ends], line, color="grey", lw=1, zorder=0)
     axis.set(
         xscale="log",
         yscale="log",
@@ -298,12 +317,13 @@ def draw(stories: list[Story], path: Path) -> None:
         xlabel=f"true error of the log-determinant, from {FINER} times the steps (nats)",
         ylabel="solver_error (nats)",
     )
-    figure.legend(loc="outside right upper", fontsize=8, title="discs: rms of a layer; dots: rows")
+    figure.legend(loc="outside right upper", fontsize=8, title="large: rms of a layer; dots: rows")
     save_figure(figure, path)
 
 
 def main(
     out: Annotated[Path, typer.Option(help="Folder for defects.md, .png and results.json.")],
+    seeds: Annotated[int, typer.Option(min=1, help="Flows for each training.")] = 3,
     quick: Annotated[bool, typer.Option(help="Two short trainings, to see that it runs.")] = False,
 ) -> None:
     """Compare the free estimate of the solver's error with the true one, in trainings."""
@@ -313,8 +333,8 @@ def main(
         trainings = tuple(replace(t, iterations=60, hidden=32) for t in TRAININGS[::9])
         rows = 50
     with progress_bars(console) as (progress, _):
-        stories = [train(t, rows) for t in progress.track(trainings, description="defects")]
-    stories.sort(key=lambda story: not story.training.honest)
+        plans = [(training, seed) for training in trainings for seed in range(seeds)]
+        stories = [train(*plan, rows) for plan in progress.track(plans, description="defects")]
     sections = [overview(stories), agreement(stories), details(stories)]
     for section in sections[:2]:
         section.show(console)
