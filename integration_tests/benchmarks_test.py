@@ -1,4 +1,4 @@
-"""The benchmarks of architectures and peers: their flows, data and runs, and what they refuse."""
+"""The benchmarks: their flows, data and runs, and what they refuse."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ import torch
 import typer
 
 import architectures
-import comparison_cells
-import comparison_report
+import defects
 import densities
 import flows
 import peers
+import speed
+import speed_problem
+from nflows_mongeampere import ConvolutionalPotential, MongeAmpereTransform, RidgePotential
 
 CONTINUOUS = {
     *("ridge", "moving", "stacked", "network"),
@@ -316,3 +318,117 @@ def test_exact_traces_are_left_out_where_they_would_take_minutes():
     narrow = peers.make_models(peers.Size(64, 8))
     assert "zuko CNF, exact trace" in narrow
     assert narrow["zuko CNF, exact trace"].flow.transform.exact
+
+
+# speed
+
+
+SECTIONS = {
+    *("machine", "agreement", "small_flows", "one_step", "convolutions", "symmetry"),
+    *("path_gradient", "networks", "training", "evaluation", "memory"),
+    *("scaling_batch", "scaling_steps", "memory_steps"),
+}
+WANTED = {
+    "D = 2, training step": "0.5",
+    "D = 2, evaluation": "0.65",
+    "D = 64, training step": "0.7",
+    "D = 64, evaluation": "0.95",
+}
+
+
+def test_speed_measures_every_section(tmp_path):
+    speed.main(out=tmp_path, quick=True)
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert set(found) == SECTIONS
+    page = (tmp_path / "speed.md").read_text()
+    assert f"| torch | {torch.__version__} |" in page
+    # everything that is timed computes the same numbers
+    assert all(max(differences.values()) < 1e-5 for differences in found["agreement"].values())
+    for figures in (*found["small_flows"].values(), *found["one_step"].values()):
+        assert all(seconds > 0 for times in figures["seconds"].values() for seconds in times)
+    # the ratio is wanted beside each measured one
+    for name, wanted in WANTED.items():
+        ratio = found["small_flows"][name]["ratio"]
+        assert (
+            f"| {ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f}) | ≤ {wanted} |"
+            in page
+        )
+    assert found["path_gradient"]["path / whole gradient"]["wanted"] == 1.3
+    assert found["training"]["wanted"] == found["evaluation"]["wanted"] == {"autograd": 5.5}
+    assert found["memory"]["wanted"] == {"recompute": 15}
+    assert 0 < found["convolutions"]["share of matrix products"]["median"] < 1
+    for kept in (found["networks"]["saved_bytes"], found["memory"]["saved_bytes"]):
+        assert 0 < kept["recompute"] < kept["autograd"] / 2
+    assert found["memory"]["saved_bytes"]["autograd"] < found["memory"]["saved_bytes"]["published"]
+    states = {steps: sizes["states"] for steps, sizes in found["memory_steps"]["bytes"].items()}
+    saved = {steps: sizes["saved"] for steps, sizes in found["memory_steps"]["bytes"].items()}
+    assert saved["16"] - saved["8"] == states["16"] - states["8"]
+
+
+def test_reference_through_every_stage_has_the_gradients_by_hand():
+    for potential in (RidgePotential(6, 5), ConvolutionalPotential((1, 2, 3), 2, kernel_size=3)):
+        torch.nn.init.normal_(potential.double().amplitude)
+        transform = MongeAmpereTransform(potential, steps=3)
+        reference = speed_problem.through_every_stage(transform)
+        x = torch.randn(4, 6, dtype=torch.float64)
+        torch.testing.assert_close(
+            *(speed_problem.gradients(way, potential, x) for way in (transform, reference))
+        )
+        # and comes to them by a graph of its own
+        staged, by_hand = (
+            speed_problem.saved_bytes(partial(speed_problem.log_density, way, x))
+            for way in (reference, transform)
+        )
+        assert staged > by_hand
+
+
+# the free estimate of the solver's error
+
+
+def test_true_error_is_that_of_the_double_steps():
+    layer = MongeAmpereTransform(RidgePotential(2, 8).double(), steps=4)
+    torch.nn.init.normal_(layer.potential.amplitude)
+    rows = torch.randn(50, 2, dtype=torch.float64)
+    (look,) = defects.look_at(defects.Flow(defects.CompositeTransform([layer]), None), rows, 7)
+    expected = layer.estimate_error(rows).logabsdet
+    assert float(expected.max()) > 1e-5
+    assert defects.rms(look.true) == pytest.approx(defects.rms(expected), rel=0.2)
+    layer(rows)
+    torch.testing.assert_close(look.estimated, layer.solver_error)
+    figures = look.figures()
+    assert figures["ratio"] == pytest.approx(figures["estimated"] / figures["true"])
+    rising = torch.arange(5.0)
+    assert defects.rank_correlation(rising, rising.exp()) == pytest.approx(1)
+    assert defects.rank_correlation(rising, -rising) == pytest.approx(-1)
+
+
+def test_defects_leave_table_figures_and_picture(tmp_path):
+    defects.main(out=tmp_path, seeds=1, quick=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "defects.md",
+        "defects.png",
+        "results.json",
+    ]
+    assert (tmp_path / "defects.png").read_bytes().startswith(b"\x89PNG")
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert set(found["layers"]) == {"moons, 4 rk4 steps, seed 0", "spirals, 4 × 1 rk4 step, seed 0"}
+    page = (tmp_path / "defects.md").read_text()
+    for name, story in found["layers"].items():
+        assert story["warned_at"] is None
+        for look in story["layers"]:
+            cells = (name[:-8], 0, look["iteration"], look["layer"], f"{look['true']:.1e}")
+            assert "| " + " | ".join(map(str, cells)) + " |" in page
+    looks = [look for story in found["layers"].values() for look in story["layers"]]
+    assert len(looks) == 3 * (1 + 4)
+    assert {look["iteration"] for look in looks} == {6, 20, 60}
+
+
+def test_warnings_of_a_training_are_noted():
+    """Two Euler steps at this rate live off their error, to which nobody else listens."""
+    training = defects.Training("moons", 1, 2, 0.1, 100, hidden=32, solver="euler", honest=False)
+    story = defects.train(training, seed=0, rows=20)
+    assert story.warned_at in (40, 60, 80, 100)
+    assert "the training of _transform._transforms.0" in story.warning
+    overview = defects.overview([story])
+    assert overview.rows[0][-1] == str(story.warned_at)
+    assert overview.notes == ["Trainings that were warned: 1 of 1 with too few."]

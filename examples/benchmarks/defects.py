@@ -298,14 +298,20 @@ def draw(stories: list[Story], path: Path) -> None:
     figure, axis = plt.subplots(figsize=(9, 6.5), layout="constrained")
     colours, drawn = plt.get_cmap("tab20"), list(dict.fromkeys(s.training for s in stories))
     for story in stories:
-        colour, means = colours(drawn.index(story.training)), []
+        colour = colours(drawn.index(story.training))
         for look in story.looks:
             axis.scatter(look.true[:30], look.estimated[:30], s=3, color=colour, alpha=0.3, lw=0)
-            means.append((rms(look.true), rms(look.estimated)))
-        style: dict[str, Any] = {"color": colour, "edgecolors": "black", "lw": 0.5, "zorder": 3}
-        style["marker"] = "o" if story.training.honest else "^"
-        style["label"] = None if story.seed else str(story.training)
-        axis.scatter(*zip(*means, strict=True), s=40, **style)
+        axis.scatter(
+            [rms(look.true) for look in story.looks],
+            [rms(look.estimated) for look in story.looks],
+            s=40,
+            color=colour,
+            edgecolors="black",
+            lw=0.5,
+            zorder=3,
+            marker="o" if story.training.honest else "^",
+            label=None if story.seed else str(story.training),
+        )
     ends = [1e-9, 1e2]
     for factor, line in ((1, "-"), (5, "--"), (1 / 5, "--")):
         axis.plot(ends, [factor * end for end in ends], line, color="grey", lw=1, zorder=0)
@@ -328,9 +334,9 @@ def main(
 ) -> None:
     """Compare the free estimate of the solver's error with the true one, in trainings."""
     torch.set_num_threads(1)
-    console, trainings, rows = Console(), TRAININGS, 500
+    console, trainings, rows = Console(), list(TRAININGS), 500
     if quick:
-        trainings = tuple(replace(t, iterations=60, hidden=32) for t in TRAININGS[::9])
+        trainings = [replace(t, iterations=60, hidden=32) for t in TRAININGS[::9]]
         rows = 50
     with progress_bars(console) as (progress, _):
         plans = [(training, seed) for training in trainings for seed in range(seeds)]

@@ -90,7 +90,7 @@ class Plan:
 
     def small(self, **size: int) -> Size:
         """The size of a small flow, in the precision of the plan."""
-        return Size(**size, time=1.0, dtype=self.size.dtype)  # type: ignore[arg-type]
+        return Size(**size, time=1.0, dtype=self.size.dtype)
 
     def batch(self, *shape: int) -> Tensor:
         """Normal numbers, the same in every run."""
@@ -294,15 +294,8 @@ def share_of_products(call: Callable[[], object]) -> float:
     with profile() as record:
         call()
     times = {event.key: event.self_cpu_time_total for event in record.key_averages()}
-    products = (
-        "aten::mm",
-        "aten::addmm",
-        "aten::addmm_",
-        "aten::addmv",
-        "aten::addmv_",
-        "aten::mv",
-    )
-    return sum(times.get(name, 0.0) for name in products) / sum(times.values())
+    products = [f"aten::{name}" for name in ("mm", "addmm", "addmm_", "mv", "addmv", "addmv_")]
+    return float(sum(times.get(name, 0.0) for name in products) / sum(times.values()))
 
 
 @one_thread()
