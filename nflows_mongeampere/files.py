@@ -7,6 +7,7 @@ the list below and their arguments; loading builds those and no others.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -118,9 +119,10 @@ def load(path: str | Path) -> nn.Module:
 def _path(path: object) -> Path:
     try:
         target = Path(path)  # type: ignore[arg-type]
-        target.is_file()  # raises for names that the file system cannot hold
-        if not target.name or "\0" in target.name:
+        if not target.name:
             raise ValueError("no name of a file")
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            target.stat()  # raises for names that the file system cannot hold
     except TypeError as error:
         raise TypeError(f"path: got {path!r}, expected a str or a pathlib.Path") from error
     except (OSError, ValueError) as error:
