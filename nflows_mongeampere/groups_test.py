@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from nflows_mongeampere import Group
+from nflows_mongeampere import Group, groups
 from nflows_mongeampere.groups import point_group, reflections, sign_flip, translations
 
 
@@ -110,8 +110,6 @@ def test_action_is_the_documented_one():
         ([([0, 1], [1, 2])], ValueError, r"group\[0\]: got signs \[1, 2\]"),
         ([[0.0, 1.0]], TypeError, r"group\[0\]: got torch.float32"),
         ([([0, 1], [1])], TypeError, r"group\[0\]: got"),
-        (["01"], TypeError, r"group\[0\]: got '01'"),
-        ([[]], TypeError, r"group\[0\]: got"),
         ([], ValueError, "group: got no elements"),
         (7, TypeError, "group: got 7"),
     ],
@@ -126,8 +124,6 @@ def test_factories_name_what_is_wrong():
         translations(4)
     with pytest.raises(ValueError, match=r"shape.*: got 0"):
         point_group((4, 0))
-    with pytest.raises(TypeError, match=r"shape.*: got 1.5"):
-        translations((1.5, 2))
     with pytest.raises(ValueError, match="dimensions: got 3, but the shape has 3"):
         reflections((1, 2, 2), (3,))
     with pytest.raises(TypeError, match="dimensions: got 1"):
@@ -142,6 +138,41 @@ def test_factories_name_what_is_wrong():
         Group.generated_by(sign_flip(4).generators, lattice=(2, 2))
     with pytest.raises(ValueError, match=r"lattice: got \(5,\)"):
         Group.generated_by(sign_flip(4).generators, lattice=(5,))
+
+
+def test_groups_too_large_to_average_over(monkeypatch):
+    monkeypatch.setattr(groups, "LARGEST", 100)
     swap, cycle = [1, 0, *range(2, 12)], [*range(1, 12), 0]
-    with pytest.raises(ValueError, match="more than 131072 elements"):
+    with pytest.raises(ValueError, match="more than 100 elements"):
         Group.generated_by([swap, cycle])
+
+
+def test_groups_that_are_built_on_the_meta_device_are_on_the_cpu():
+    with torch.device("meta"):
+        found = [
+            translations((4,)) * point_group((4,)), reflections((1, 2, 2)), sign_flip(4),
+            Group([[0, 1], [1, 0]]), Group.generated_by([[1, 2, 0]]),
+        ]  # fmt: skip
+        assert found[2].odd
+    for group in found:
+        tensors = group.permutations, group.signs, group.generators
+        assert {t.device.type for t in tensors} == {"cpu"}
+    with torch.device("meta"):
+        images = found[0].act(torch.ones(2, 4))
+    assert images.shape == (8, 2, 4)
+    assert images.is_meta
+    assert torch.equal(found[0].act(torch.ones(2, 4)), torch.ones(8, 2, 4))
+
+
+@pytest.mark.parametrize("shape", [(6,), (2, 3)])
+def test_acting_back_undoes_acting(shape):
+    group = translations(shape) * point_group(shape) * sign_flip(6)
+    x = torch.randn(3, 6)
+    assert torch.equal(group.act_back(group.act(x)), x.expand(len(group), 3, 6))
+
+
+def test_arguments_build_it_again():
+    group = translations((2, 3)) * sign_flip(6)
+    again = Group.generated_by(**group.arguments())
+    assert elements(again) == elements(group)
+    assert again.lattice == (2, 3)
