@@ -30,7 +30,7 @@ test-versions: $(READY) $(OLDEST)/ready ## run the tests with the oldest and the
 	$(BIN)/python -c $(VERSIONS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
 
-mutants: $(READY) ## break the equations of motion line by line and see the tests notice (10 minutes)
+mutants: $(READY) ## break the equations of motion line by line and see the tests notice (hours)
 	rm -rf mutants
 	OMP_NUM_THREADS=1 $(BIN)/mutmut run --max-children 1
 	$(BIN)/mutmut results
