@@ -137,22 +137,31 @@ class ConvolutionalDynamics(Dynamics):
         self.coordinates = potential.features
         self.state = start(inputs, 1)
         weight, amplitude = potential.weight, potential.amplitude
-        inside = _patches(weight.new_ones(*self._shape, 1), self._side)
-        lengths = weight.flatten(1).square() @ inside
-        self.tensors = ConvolutionalTensors(
-            weight, amplitude, amplitude * lengths.view_as(amplitude), potential.bias
-        )
+        ones = weight.new_ones(1, *self._shape)
+        lengths = F.conv2d(ones, weight.square(), padding=self._side // 2)[0]
+        self.tensors = ConvolutionalTensors(weight, amplitude, amplitude * lengths, potential.bias)
 
     def rate(self, t: Time, state: Tensor) -> Tensor:
         weight, amplitude, curvature, bias = self.tensors
+        if compiling() or transformed(state, *self.tensors):
+            return self._rate_by_convolutions(state)
         batch, rows = state.shape[1], weight.flatten(1)
         images = state[: self.coordinates].reshape(*self._shape, batch)
-        h = (rows @ _patches(images, self._side)).view(amplitude.numel(), batch)
+        h = (rows @ _Patches.apply(images, self._side)).view(amplitude.numel(), batch)
         p = self._activation.first(h + bias.reshape(-1, 1))
         push = (amplitude.reshape(-1, 1) * p).view(len(rows), -1)
-        velocity = _overlap(rows.T @ push, (*self._shape, batch), self._side)
+        velocity = _Overlap.apply(rows.T @ push, (*self._shape, batch), self._side)
         laplacian = curvature.reshape(1, -1) @ self._activation.second(p)
         return torch.cat([velocity.view(self.coordinates, batch), laplacian])
+
+    def _rate_by_convolutions(self, state: Tensor) -> Tensor:
+        """The same in torch's convolutions, which transforms and compilers know."""
+        weight, amplitude, curvature, bias = self.tensors
+        images, margin = state[: self.coordinates].T.unflatten(1, self._shape), self._side // 2
+        p = self._activation.first(F.conv2d(images, weight, padding=margin) + bias)
+        velocity = F.conv_transpose2d(amplitude * p, weight, padding=margin)
+        laplacian = (curvature * self._activation.second(p)).flatten(1).sum(1)
+        return torch.cat([velocity.flatten(1).T, laplacian[None]])
 
     def stage(self, t: Time, state: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         lines, x, activation = self._lines, state[: self.coordinates], self._activation
@@ -405,17 +414,3 @@ class _Overlap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return _Patches.apply(grad.contiguous(), ctx.side), None, None
-
-
-def _patches(images: Tensor, side: int) -> Tensor:
-    """:class:`_Patches`, in operations of torch where transforms or compilers look through."""
-    through = compiling() or transformed(images)
-    patches: Tensor = (_Patches.forward if through else _Patches.apply)(images, side)
-    return patches
-
-
-def _overlap(patches: Tensor, shape: tuple[int, ...], side: int) -> Tensor:
-    """:class:`_Overlap`, in operations of torch where transforms or compilers look through."""
-    through = compiling() or transformed(patches)
-    images: Tensor = (_Overlap.forward if through else _Overlap.apply)(patches, shape, side)
-    return images
