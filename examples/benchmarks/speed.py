@@ -29,7 +29,7 @@ from nflows.flows import Flow
 from nflows.transforms import CompositeTransform
 from rich.console import Console
 from torch import Tensor, nn
-from torch.profiler import profile
+from torch.profiler import ProfilerActivity, profile
 
 from benchmark_report import Section, environment, write_report
 from nflows_mongeampere import (
@@ -291,7 +291,7 @@ def convolutions(plan: Plan) -> Section:
 
 def share_of_products(call: Callable[[], object]) -> float:
     """The part of the time of a call that is spent in matrix products."""
-    with profile() as record:
+    with profile(activities=[ProfilerActivity.CPU]) as record:
         call()
     times = {event.key: event.self_cpu_time_total for event in record.key_averages()}
     products = [f"aten::{name}" for name in ("mm", "addmm", "addmm_", "mv", "addmv", "addmv_")]
