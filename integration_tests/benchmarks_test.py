@@ -18,6 +18,8 @@ import torch
 import typer
 
 import architectures
+import comparison_cells
+import comparison_report
 import defects
 import densities
 import flows

@@ -18,8 +18,9 @@ class Configured:
 
     def arguments(self) -> dict[str, Any]:
         """The arguments that build an object like this one, without what it has learnt."""
-        names = inspect.signature(type(self).__init__).parameters
-        return {name: getattr(self, name) for name in list(names)[1:]}
+        given = [*inspect.signature(type(self).__init__).parameters.values()][1:]
+        several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        return {p.name: getattr(self, p.name) for p in given if p.kind not in several}
 
     def extra_repr(self) -> str:
         """The arguments that are not modules, which PyTorch shows by itself."""

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+# a tensor, or none where that is allowed
+MaybeTensor = TypeVar("MaybeTensor", Tensor, "Tensor | None")
 
 
 def compiling() -> bool:
@@ -34,6 +38,33 @@ def vectorized(*tensors: Tensor | None) -> bool:
                 return True
             tensor = functorch.get_unwrapped(tensor)
     return False
+
+
+def full_precision(device: str) -> AbstractContextManager[object]:
+    """Neither autocast nor inference mode within.
+
+    Errors add up along a path: a log-density in half precision means nothing. And networks and
+    implicit steps differentiate, which inference mode forbids.
+    """
+    if compiling():
+        return nullcontext()
+    inference, half = torch.is_inference_mode_enabled(), torch.is_autocast_enabled(device)
+    if not inference and not half:
+        return nullcontext()
+    stack = ExitStack()
+    if inference:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+    if half:
+        stack.enter_context(torch.autocast(device, enabled=False))
+    return stack
+
+
+def ordinary(x: MaybeTensor) -> MaybeTensor:
+    """x, or a copy that autograd may save where x was made in inference mode."""
+    if x is None or compiling() or torch.is_inference_mode_enabled() or not x.is_inference():
+        return x
+    return x.clone()
 
 
 @contextmanager

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from nflows_mongeampere import accuracy, validation
 from nflows_mongeampere.accuracy import AccuracyWarning, ErrorEstimate, StepChoice
 from nflows_mongeampere.configured import Configured
-from nflows_mongeampere.costs import recorders_of
-from nflows_mongeampere.differentiation import compiling
+from nflows_mongeampere.costs import recorders_of, unrecorded
+from nflows_mongeampere.differentiation import full_precision, ordinary
 from nflows_mongeampere.dynamics import ScoredDynamics
 from nflows_mongeampere.integration import Integrator, Solve
 from nflows_mongeampere.integration.defects import Slopes
@@ -311,20 +311,17 @@ class Transport(Configured, nn.Module):
         first: int = -1,
     ) -> list[tuple[Tensor, Tensor]]:
         """Check a batch and follow it: its points and log-determinants at ``times[first:]``."""
-        if not compiling() and torch.is_inference_mode_enabled():
-            # networks and implicit steps differentiate, which inference mode forbids
-            with torch.inference_mode(False), torch.no_grad():
-                return self._follow(name, ordinary(inputs), ordinary(context), times, first)
-        device = getattr(inputs, "device", torch.device("cpu")).type
-        if not torch.is_autocast_enabled(device):
-            inputs, context = self.potential.accept(name, inputs, context)
-            return self._integrate(self.integrator, inputs, context, times, first)
-        # errors add up along the path: a log-density in half precision means nothing
-        with torch.autocast(device, enabled=False):
-            inputs, context = self.potential.accept(
-                name, self._refine(inputs), None if context is None else self._refine(context)
-            )
-            return self._integrate(self.integrator, inputs, context, times, first)
+        inputs, context = self._accept(name, inputs, context)
+        return self._integrate(self.integrator, inputs, context, times, first)
+
+    def _accept(
+        self, name: str, inputs: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Check a batch; where autocast has halved it, in the precision of the parameters."""
+        if torch.is_autocast_enabled(getattr(inputs, "device", torch.device("cpu")).type):
+            inputs = self._refine(inputs)
+            context = None if context is None else self._refine(context)
+        return self.potential.accept(name, inputs, context)
 
     def _integrate(
         self,
@@ -335,22 +332,20 @@ class Transport(Configured, nn.Module):
         first: int = -1,
     ) -> list[tuple[Tensor, Tensor]]:
         """The points of a checked batch and their log-determinants at ``times[first:]``."""
-        if torch.is_autocast_enabled(inputs.device.type):
-            # errors add up along the path: a log-density in half precision means nothing
-            with torch.autocast(inputs.device.type, enabled=False):
-                return self._integrate(integrator, inputs, context, times, first)
-        recorders = recorders_of(self)
-        dynamics = self.potential.dynamics(inputs, context, integrator.evaluations, bool(recorders))
-        if inputs.shape[0] == 0:
-            states = [dynamics.state] * len(times)
-        else:
-            solve = Solve(integrator, dynamics, times, self.time)
-            states = solve.run()
-            self._slopes = solve.slopes()
-        for recorder in recorders:
-            sign = 1 if times[-1] > times[0] else -1
-            recorder.add(*(sign * cost for cost in dynamics.costs(states[-1])))
-        return [(dynamics.points(state), dynamics.logabsdet(state)) for state in states[first:]]
+        recorders, evaluations = recorders_of(self), integrator.evaluations
+        with full_precision(inputs.device.type):
+            inputs, context = ordinary(inputs), ordinary(context)
+            dynamics = self.potential.dynamics(inputs, context, evaluations, bool(recorders))
+            if inputs.shape[0] == 0:
+                states = [dynamics.state] * len(times)
+            else:
+                solve = Solve(integrator, dynamics, times, self.time)
+                states = solve.run()
+                self._slopes = solve.slopes()
+            for recorder in recorders:
+                sign = 1 if times[-1] > times[0] else -1
+                recorder.add(*(sign * cost for cost in dynamics.costs(states[-1])))
+            return [(dynamics.points(state), dynamics.logabsdet(state)) for state in states[first:]]
 
     def _solver(
         self, name: str, inputs: Tensor, context: Tensor | None, to_data: bool
@@ -419,11 +414,6 @@ class Transport(Configured, nn.Module):
                 f"{self.time} (data), all rising or all falling"
             )
         return moments
-
-
-def ordinary(value: Any) -> Any:
-    """A tensor that autograd may see, of one that was made in inference mode."""
-    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
 def callers_level() -> int:
