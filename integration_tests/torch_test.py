@@ -258,7 +258,7 @@ def test_compile(potential):
     assert_compiles(potential, "eager")
 
 
-@pytest.mark.parametrize("potential", ["direct", "convolutional", "network-everything"])
+@pytest.mark.parametrize("potential", ["direct", "convolutional", "network"])
 def test_compile_ahead_of_time(potential):
     assert_compiles(potential, "aot_eager", solver="euler")
 
