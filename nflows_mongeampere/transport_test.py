@@ -1,6 +1,7 @@
 """The whole map, its density and its path, against brute force and calculus."""
 
 import copy
+import itertools
 import math
 
 import numpy as np
@@ -55,10 +56,10 @@ class TestExactness:
         potential, x, context = make(name, rows=2)
         context = None if context is None else context[:1].expand(2, -1)
         row_context = None if context is None else context[:1]
-        for solve in (MongeAmpereTransform(potential, steps=16), MongeAmpere(potential, steps=16)):
+        for solve in (MongeAmpereTransform(potential, steps=8), MongeAmpere(potential, steps=8)):
             jacobian = log_determinant(lambda row, s=solve: s(row, row_context)[0], x)
             assert jacobian.abs().min() > 1e-5
-            close(solve(x, context)[1].detach(), jacobian, 1e-5)
+            close(solve(x, context)[1].detach(), jacobian, 1e-4)
 
     @pytest.mark.parametrize("name", POTENTIALS)
     def test_two_faces_of_one_map(self, name):
@@ -189,11 +190,14 @@ class TestTrajectory:
         close(path.points[-1], end[0], 1e-13)
         close(path.logabsdet[-1], end[1], 1e-13)
 
-    @pytest.mark.parametrize("solver", [*FIXED, "ieuler", *ADAPTIVE])
-    @pytest.mark.parametrize("sensitivity", ["autograd", "recompute", "adjoint"])
+    @pytest.mark.parametrize(
+        ("solver", "sensitivity"),
+        [
+            *((solver, "autograd") for solver in (*FIXED, "ieuler", *ADAPTIVE)),
+            *itertools.product(["rk4", "dopri5"], ["recompute", "adjoint"]),
+        ],
+    )
     def test_every_solver_between_uneven_times(self, solver, sensitivity):
-        if (solver, sensitivity) == ("alf", "adjoint"):
-            return  # refused
         potential, x, context = make("ridge-all")
         transform = MongeAmpereTransform(
             potential, steps=32, solver=solver, sensitivity=sensitivity
