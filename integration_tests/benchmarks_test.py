@@ -277,8 +277,8 @@ def refuse(features: int, hidden: int) -> flows.Model:
 @pytest.mark.parametrize(
     ("build", "failure", "judged"),
     [
-        (partial(Exploding, after=0), "the loss is nan", False),
-        (partial(Exploding, after=1), "the loss is nan", True),
+        (partial(Exploding, after=0), "the loss is NaN", False),
+        (partial(Exploding, after=1), "the loss is NaN", True),
         (refuse, "RuntimeError: no such luck", False),
     ],
 )

@@ -20,7 +20,7 @@ from cases import (
     Model,
     covering,
 )
-from nflows_mongeampere.dynamics import DirectDynamics, ReducedDynamics
+from nflows_mongeampere.potentials.ridges import ReducedDynamics, RidgeDynamics
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 every_face = pytest.mark.parametrize("face", FACES)
@@ -142,7 +142,7 @@ def test_both_coordinates_are_walked(name, solver):
     case = Case(name, solver=solver)
     model = Model(case)
     dynamics = model.potential.dynamics(*case.batch(), model.transport.integrator.evaluations)
-    assert type(dynamics) is (ReducedDynamics if name.startswith("reduced") else DirectDynamics)
+    assert type(dynamics) is (ReducedDynamics if name.startswith("reduced") else RidgeDynamics)
 
 
 def test_an_import_loads_no_compiler_and_no_training_engine():
