@@ -10,7 +10,7 @@ READY := $(VENV)/ready
 export PATH := $(subst $(CURDIR)/$(BIN):,,$(PATH))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-versions mutants lint types format docs benchmark clean
+.PHONY: help demo test test-long test-all test-versions mutants lint types format docs benchmark clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,11 +18,14 @@ help: ## show this list
 demo: $(READY) ## train flows on handwritten digits, compare and draw them (3 minutes)
 	$(BIN)/python examples/digits.py --out runs/digits
 
-test: $(READY) ## run the tests with branch coverage, one process for each core (5 to 12 minutes)
+test: $(READY) ## run the tests with branch coverage, one process for each core (4 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --cov --numprocesses auto
 
-test-all: $(READY) ## the same with every combination of potential, activation, solver and sensitivity
-	OMP_NUM_THREADS=1 ALL_CASES=1 $(BIN)/python -m pytest --numprocesses auto
+test-long: $(READY) ## run the examples and benchmarks, small, and see what they write (4 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long --numprocesses auto
+
+test-all: $(READY) ## all of these, with every combination of potential, activation, solver and sensitivity
+	OMP_NUM_THREADS=1 ALL_CASES=1 $(BIN)/python -m pytest -m "long or not long" --numprocesses auto
 
 test-versions: $(READY) $(OLDEST)/ready ## run the tests with the oldest and the newest dependencies
 	$(OLDEST)/bin/python -c $(VERSIONS)

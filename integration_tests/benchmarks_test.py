@@ -28,6 +28,8 @@ import speed
 import speed_problem
 from nflows_mongeampere import ConvolutionalPotential, MongeAmpereTransform, RidgePotential
 
+pytestmark = pytest.mark.long
+
 CONTINUOUS = {
     *("ridge", "moving", "stacked", "network"),
     *("zuko", "torchdyn-hutchinson", "torchdyn-exact"),

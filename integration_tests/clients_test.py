@@ -29,6 +29,8 @@ from nflows_mongeampere.training import (
     fit,
 )
 
+pytestmark = pytest.mark.long
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 

@@ -31,6 +31,8 @@ from nflows_mongeampere.training import (
     restore,
 )
 
+pytestmark = pytest.mark.long
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 

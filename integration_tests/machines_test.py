@@ -12,6 +12,8 @@ import torch
 
 from nflows_mongeampere import files
 
+pytestmark = pytest.mark.long
+
 GUIDE = (Path(__file__).parent.parent / "docs" / "guide" / "machines.md").read_text()
 PROGRAM = re.search(r"```python\n(.*?)```", GUIDE, re.DOTALL)[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]

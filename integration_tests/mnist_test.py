@@ -22,6 +22,8 @@ from torch.distributions import MultivariateNormal
 import mnist
 from nflows_mongeampere.examples import images
 
+pytestmark = pytest.mark.long
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 QUICK = ["--validation-images", "100", "--test-images", "100", "--draws", "2"]
 
