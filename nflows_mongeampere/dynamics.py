@@ -83,7 +83,7 @@ class Dynamics(ABC):
         return state[-2].clone(), state[-1].clone()
 
     def stage(self, t: Time, state: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The rate, and what :meth:`pullback` needs of this evaluation."""
+        """The rate, and what :meth:`pullback` needs of it; called where gradients are off."""
         with torch.enable_grad():
             point = state.detach().requires_grad_()
             rate = self.rate(t, point)

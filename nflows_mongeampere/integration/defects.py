@@ -17,6 +17,7 @@ lives off its solver, at errors of several nats, it may be four times too small.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,39 +28,43 @@ class Slopes(NamedTuple):
     """The rates of the log-determinant at the stages of some equal steps.
 
     Attributes:
-        rates: shape (steps, stages, B).
-        length: of a step.
+        rates: of each step, shape (stages, B).
+        lengths: of the steps; the error of equal steps alone is estimated.
         order: of the solver.
     """
 
-    rates: Tensor
-    length: float
+    rates: Sequence[Tensor]
+    lengths: Sequence[float]
     order: int
 
     @torch.no_grad()
     def error(self) -> Tensor | None:
         """About how far the log-determinant of each row is off in nats, shape (B,).
 
-        None where there is nothing to compare: a single step of one stage.
+        None where there is nothing to compare: a single step of one stage, or steps of a solver
+        that chooses them.
         """
-        steps, stages, _ = self.rates.shape
+        if not self.rates or len({round(length, 9) for length in self.lengths}) > 1:
+            return None
+        rates = torch.stack([*self.rates])
+        steps, stages, _ = rates.shape
         if stages == 4:
-            first, second, third, last = self.rates.unbind(1)
+            first, second, third, last = rates.unbind(1)
             change = second - first
             quadrature = (third - second).abs() / 3 + (first + last - second - third).abs() / 6
-            ratio = torch.maximum(_ratio(third - second, change), _ratio(change, self.rates))
+            ratio = torch.maximum(_ratio(third - second, change), _ratio(change, rates))
             reduction = (2 * ratio).square()
         elif stages == 2:
-            first, second = self.rates.unbind(1)
+            first, second = rates.unbind(1)
             quadrature = 2 * (second - first).abs()
-            reduction = _ratio(second - first, self.rates)
+            reduction = _ratio(second - first, rates)
         elif steps > 1:  # steps are compared with each other
-            change = self.rates[1:, 0] - self.rates[:-1, 0]
+            change = rates[1:, 0] - rates[:-1, 0]
             quadrature = change.abs() * (steps / (steps - 1))
-            reduction = _ratio(change, self.rates) ** (self.order - 1)
+            reduction = _ratio(change, rates) ** (self.order - 1)
         else:
             return None
-        error: Tensor = self.length * quadrature.sum(0) * reduction.clamp(max=1)
+        error: Tensor = self.lengths[0] * quadrature.sum(0) * reduction.clamp(max=1)
         return error
 
 

@@ -216,12 +216,9 @@ class Solve:
             )
         return [self.dynamics.state, *states]
 
-    def slopes(self) -> Slopes | None:
-        """The rates of the log-determinant that the last run has met, where the steps are equal."""
-        if not self._rates or len({round(length, 9) for length in self._lengths}) != 1:
-            return None
-        rates = torch.stack(self._rates).unflatten(0, (len(self._lengths), -1))
-        return Slopes(rates, self._lengths[0], self.method.order)
+    def slopes(self) -> Slopes:
+        """The rates of the log-determinant that the last run has met."""
+        return Slopes(self._rates, self._lengths, self.method.order)
 
     def has_gradient_by_hand(self) -> bool:
         """Whether gradients are wanted that nothing else has to see through."""
@@ -297,7 +294,8 @@ class Solve:
             if not torch.compiler.is_compiling():
                 self._lengths.append(abs(t_next - t))
                 row = self.dynamics.coordinates
-                self._rates.extend(slope[row].detach().clone() for slope in slopes)
+                if slopes:  # a copy, which does not keep the slopes alive
+                    self._rates.append(torch.stack([slope[row] for slope in slopes]).detach())
         return y
 
     def grid(self, start: float, stop: float) -> list[float]:

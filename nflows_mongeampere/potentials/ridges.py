@@ -48,7 +48,7 @@ class RidgeTensors(NamedTuple):
 
     Attributes:
         rows: :math:`[W \mid b]^T`, shape (D + 1, H).
-        push: :math:`(a \odot W)^T`, shape (D, H).
+        push: :math:`(a \odot W)^T` above a row of zeros, shape (D + 1, H).
         curvature: :math:`(a \odot r)^T`, shape (1, H).
         moved: the offset of each point, where it is not the same b for all, shape (H, B), or None.
         speed: :math:`v`, shape (H, 1), or None.
@@ -87,25 +87,31 @@ class RidgeDynamics(Dynamics):
         zeros = torch.zeros_like(points[:1])
         self.state = torch.cat([points, zeros + 1, zeros])
         shared = offset.shape[1] == 1
-        push = (columns * amplitude).contiguous()
+        push = columns * amplitude
         self.tensors = RidgeTensors(
             torch.cat([columns, offset.T if shared else torch.zeros_like(amplitude)[None]]),
-            push,
+            torch.cat([push, torch.zeros_like(push[:1])]),
             (columns * push).sum(0, keepdim=True),
             None if shared else offset,
             None if speed is None else speed[:, None],
         )
 
     def rate(self, t: Time, state: Tensor) -> Tensor:
-        return self.stage(t, state)[0]
+        return self._evaluate(t, state)[0]
 
     def stage(self, t: Time, state: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return self._evaluate(t, state, in_place=True)
+
+    def _evaluate(
+        self, t: Time, state: Tensor, in_place: bool = False
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         rows, push, curvature, moved, speed = self.tensors
         x = state[:-1]
         h = rows.T @ x if moved is None else torch.addmm(moved, rows.T, x)
-        p = self._activation.first(h if speed is None else h + speed * t)
+        h = h if speed is None else h + speed * t
+        p = self._activation.first(h, out=h if in_place else None)
         velocity, laplacian = push @ p, curvature @ self._activation.second(p)
-        return torch.cat([velocity, torch.zeros_like(laplacian), laplacian]), (x, p)
+        return torch.cat([velocity, laplacian]), (x, p)
 
     def pullback(
         self,
@@ -116,7 +122,7 @@ class RidgeDynamics(Dynamics):
     ) -> Tensor:
         x, p = kept
         rows, push, curvature, _, _ = self.tensors
-        of_x, of_l = adjoint[: self._features], adjoint[self.coordinates :]
+        of_x, of_l = adjoint[: self.coordinates], adjoint[self.coordinates :]
         bend = curvature.T * of_l if len(of_l) else None
         g, second = self._activation.pull_back(p, push.T @ of_x, bend)
         d_rows, d_push, d_curvature, d_moved, d_speed = gradients
@@ -195,13 +201,18 @@ class ReducedDynamics(Dynamics):
         return self.coordinates + 1
 
     def rate(self, t: Time, state: Tensor) -> Tensor:
-        return self.stage(t, state)[0]
+        return self._evaluate(t, state)[0]
 
     def stage(self, t: Time, state: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return self._evaluate(t, state, in_place=True)
+
+    def _evaluate(
+        self, t: Time, state: Tensor, in_place: bool = False
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         gram, origin, amplitude, curvature, speed = self.tensors
         s = state[: self.coordinates]
         h = torch.addmm(origin if speed is None else origin + speed * t, gram, s)
-        p = self._activation.first(h)
+        p = self._activation.first(h, out=h if in_place else None)
         return torch.cat([amplitude * p, curvature @ self._activation.second(p)]), (s, p)
 
     def pullback(
