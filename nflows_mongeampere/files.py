@@ -27,7 +27,7 @@ from nflows_mongeampere.transform import MongeAmpereTransform
 from nflows_mongeampere.version import __version__
 
 FORMAT = "nflows-mongeampere"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 Arguments = dict[str, Any]
 
@@ -38,7 +38,7 @@ def save(flow: nn.Module, path: str | Path) -> None:
     Args:
         flow: a flow, transform or potential of this package, or a flow or transform of nflows
             composed of these and of transforms in :data:`KNOWN`.
-        path: where to; an existing file is replaced, whole or not at all.
+        path: where to; an existing file is replaced, atomically.
 
     Raises:
         TypeError: if some part of the flow cannot be described as plain data, or if its parameters

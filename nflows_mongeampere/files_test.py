@@ -191,7 +191,7 @@ def test_pickle_is_not_opened(tmp_path):
     [
         ({"format": "other"}, "was not written by"),
         ({"format": None}, "was not written by"),
-        ({"format_version": "2", "package_version": "9.9"}, "format version 2.* 9.9"),
+        ({"format_version": "3", "package_version": "9.9"}, "format version 3.* 9.9"),
         ({"flow": "{"}, "do not fit together"),
         ({"flow": '{"class": "os.system", "arguments": {"command": "true"}}'}, "unknown class"),
         ({"flow": '{"class": "RidgePotential", "arguments": {"features": 3}}'}, "hidden_features"),
