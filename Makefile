@@ -22,7 +22,8 @@ test: $(READY) ## run the tests with branch coverage, one process for each core 
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --cov --numprocesses auto
 
 test-long: $(READY) ## run the examples and benchmarks, small, and see what they write (4 minutes)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long --numprocesses auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long --numprocesses auto || \
+	    OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long --last-failed # trainings by the clock: once more, alone
 
 test-all: $(READY) ## all of these, with every combination of potential, activation, solver and sensitivity
 	OMP_NUM_THREADS=1 ALL_CASES=1 $(BIN)/python -m pytest -m "long or not long" --numprocesses auto
