@@ -166,8 +166,9 @@ class Transport(Configured, nn.Module):
             raise ValueError(
                 "inputs: got no rows, expected the data or noise to choose the steps by"
             )
-        solve = self._density("inputs", inputs, context, self._forward_to_data != inverse)
-        quantity = "log_prob" if self._base else "logabsdet"
+        to_data = self._forward_to_data != inverse
+        solve = self._density("inputs", inputs, context, to_data)
+        quantity = "log_prob" if self._base and not to_data else "logabsdet"
         choice = accuracy.choose_steps(solve, self.integrator, tolerance, quantity)
         self._adopt(choice.steps, choice.tolerance)
         return choice
@@ -284,10 +285,10 @@ class Transport(Configured, nn.Module):
         if self._exploited > 1 or self._solves % WATCHED_SOLVES:
             return
         error = self.solver_error
-        if error is None or not torch.is_grad_enabled():
+        if error is None:
             return
         found = float(error.mean())
-        allowed = EXPLOITED[0] + EXPLOITED[1] * outputs[0].numel()
+        allowed = EXPLOITED[0] + EXPLOITED[1] * outputs.shape[1:].numel()
         # twice in a row, because a steep start may pass
         self._exploited = self._exploited + 1 if found > allowed else 0
         if self._exploited > 1:

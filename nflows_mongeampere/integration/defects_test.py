@@ -9,7 +9,13 @@ from nflows.distributions import StandardNormal
 from nflows.flows import Flow
 from nflows.transforms import CompositeTransform, ReversePermutation
 
-from nflows_mongeampere import AccuracyWarning, MongeAmpereTransform, Potential, RidgePotential
+from nflows_mongeampere import (
+    AccuracyWarning,
+    MongeAmpereFlow,
+    MongeAmpereTransform,
+    Potential,
+    RidgePotential,
+)
 
 ORDERS = {"euler": 1, "midpoint": 2, "rk4": 4}
 
@@ -143,3 +149,19 @@ def test_honest_training_is_not_warned():
     with warnings.catch_warnings():
         warnings.simplefilter("error", AccuracyWarning)
         assert abs(train("rk4", steps=4)) < 0.01
+
+
+def test_a_training_may_meet_empty_batches():
+    """The solver's error is looked at in every 20th solve."""
+    transform = MongeAmpereTransform(RidgePotential(2, 4))
+    transform(torch.randn(3, 2))
+    for _ in range(40):
+        outputs, _ = transform(torch.empty(0, 2))
+    assert outputs.shape == (0, 2)
+
+
+def test_what_is_right_to_the_tolerance_depends_on_the_direction():
+    flow = MongeAmpereFlow(2, 4)
+    x = torch.randn(5, 2)
+    assert flow.transform.choose_steps(x, 0.1).quantity == "log_prob"
+    assert flow.transform.choose_steps(x, 0.1, inverse=True).quantity == "logabsdet"
