@@ -12,6 +12,7 @@ from nflows_mongeampere.models import refined, transport_costs
 from nflows_mongeampere.potentials import (
     AutogradPotential,
     ConvolutionalPotential,
+    DeepPotential,
     Potential,
     RidgePotential,
     SymmetrizedPotential,
@@ -27,6 +28,7 @@ __all__ = [
     "AccuracyWarning",
     "AutogradPotential",
     "ConvolutionalPotential",
+    "DeepPotential",
     "ErrorEstimate",
     "Group",
     "IntegrationError",

@@ -56,6 +56,10 @@ class Activation(ABC):
         r""":math:`\sigma'''`, as a function of :math:`p`."""
         return self.second(p) * self.steepness(p)
 
+    @abstractmethod
+    def fourth(self, p: Tensor) -> Tensor:
+        r""":math:`\sigma''''`, as a function of :math:`p`."""
+
 
 class Softplus(Activation):
     r""":math:`\ln(1 + e^h)`: :math:`p = 1/(1 + e^{-h})`, :math:`\sigma'' = p - p^2`."""
@@ -73,6 +77,10 @@ class Softplus(Activation):
     def steepness(self, p: Tensor, out: Tensor | None = None) -> Tensor:
         return torch.sub(p.new_ones(()), p, alpha=2, out=out)
 
+    def fourth(self, p: Tensor) -> Tensor:
+        second = self.second(p)
+        return second * (1 - 6 * second)
+
 
 class LogCosh(Activation):
     r""":math:`\ln \cosh h`, even in h: :math:`p = \tanh h`, :math:`\sigma'' = 1 - p^2`."""
@@ -88,6 +96,10 @@ class LogCosh(Activation):
 
     def steepness(self, p: Tensor, out: Tensor | None = None) -> Tensor:
         return torch.mul(p, -2, out=out)
+
+    def fourth(self, p: Tensor) -> Tensor:
+        second = self.second(p)
+        return second * (4 - 6 * second)
 
 
 ACTIVATIONS: dict[str, Activation] = {"softplus": Softplus(), "logcosh": LogCosh()}
