@@ -12,7 +12,7 @@ from nflows_mongeampere import validation
 from nflows_mongeampere.dynamics import Dynamics, FieldDynamics, Time
 from nflows_mongeampere.potentials.activations import ACTIVATIONS
 from nflows_mongeampere.potentials.base import ClosedFormPotential
-from nflows_mongeampere.potentials.layers import Layer, Layers, LayersDynamics, modes
+from nflows_mongeampere.potentials.layers import Layer, Layers, LayersDynamics, at
 
 
 class DeepPotential(ClosedFormPotential):
@@ -133,25 +133,23 @@ class DeepPotential(ClosedFormPotential):
         amplitudes = self.amplitude.split(self.hidden_features)
         weights = [self.weight, *self.hidden_weights]
         offsets = [offset, *(bias[:, None] for bias in self.hidden_biases)]
-        symmetric = (self.quadratic + self.quadratic.T) / 2
         return Layers(
             [Layer(*parts) for parts in zip(weights, offsets, amplitudes, strict=True)],
             None if self.time_weight is None else self.time_weight[:, None],
-            torch.cat([symmetric, self.drift[:, None]], 1),
+            (self.quadratic + self.quadratic.T) / 2,
+            self.drift,
             self.activation,
         )
 
     def _value(self, x: Tensor, t: Time | None, context: Tensor | None) -> Tensor:
         potential, points = self._layers(context), x.flatten(1).T
         sigma, t = ACTIVATIONS[self.activation], 0.0 if t is None else t
-        slope = potential.slope
-        value = (points * torch.addmm(slope[:, -1:], slope[:, :-1], points, alpha=0.5)).sum(0)
+        value = (points * (potential.quadratic @ points) / 2).sum(0) + potential.drift @ points
         y = points
         for i, (weight, offset, amplitude) in enumerate(potential.layers):
             h = torch.addmm(offset, weight, y)
             if i == 0 and potential.speed is not None:
                 h = h + potential.speed * t
-            a = amplitude @ modes(t, amplitude)
-            value = value + (a * sigma.value(h)).sum(0)
+            value = value + (at(t, amplitude) * sigma.value(h)).sum(0)
             y = sigma.first(h)
         return value

@@ -33,29 +33,31 @@ class Layers(NamedTuple):
     Attributes:
         layers: from the first to the last.
         speed: v of the first layer, shape (H, 1), or None.
-        slope: :math:`[S \mid o]`, the slope of the quadratic part, shape (D, D + 1), or None.
+        quadratic: S, symmetric, shape (D, D).
+        drift: o, shape (D,).
         activation: name of :math:`\sigma`.
     """
 
     layers: Sequence[Layer]
     speed: Tensor | None
-    slope: Tensor | None
+    quadratic: Tensor
+    drift: Tensor
     activation: str
 
 
 class LayersDynamics(Dynamics):
     r"""The equations of motion of a deep potential: the state is :math:`[x; \ell]`.
 
-    A unit h of any layer carries its gradient J and its Laplacian e with respect to x. Through a
-    function f of one unit they go as
+    A unit h of any layer carries its derivatives :math:`T = [\nabla h; \Delta h]` along the state.
+    Through a function f of one unit they go as
 
-    .. math:: \nabla f(h) = f'(h)\, J, \qquad \Delta f(h) = f'(h)\, e + f''(h)\, \|J\|^2,
+    .. math:: T_{f(h)} = f'(h)\, T + [0;\; f''(h)\, \|\nabla h\|^2],
 
     through the weights of a layer as the units themselves do, at D + 2 columns for each point (a
     *forward Laplacian*, Li et al., `arXiv:2307.08214 <https://arxiv.org/abs/2307.08214>`_). The
-    rates are the sums of :math:`a \odot \nabla \sigma(h)` and :math:`a \odot \Delta \sigma(h)` over
-    the units of all layers; the next layer reads :math:`y = \sigma'(h)`. The pullback carries the
-    adjoints of h, J and e back through the same products.
+    rate is :math:`T` of :math:`a \cdot \sigma(h)`, summed over the layers; the next layer reads
+    :math:`y = \sigma'(h)`. The pullback takes the adjoints of h and T back through the same
+    products.
     """
 
     by_hand = True
@@ -65,39 +67,47 @@ class LayersDynamics(Dynamics):
         self._event_shape = inputs.shape[1:]
         self.coordinates = self._event_shape.numel()
         self.state = start(inputs, 1)
-        squares = potential.layers[0].weight.square().sum(1, keepdim=True)
-        layers = (tensor for layer in potential.layers for tensor in layer)
-        self.tensors = (squares, potential.speed, potential.slope, *layers)
+        weight, offset, _ = potential.layers[0]
+        nothing = torch.zeros_like(weight[:, :1])
+        trace = potential.quadratic.diagonal().sum()
+        self.tensors = (
+            torch.cat([potential.quadratic, torch.zeros_like(potential.quadratic[:1])]),
+            torch.cat([potential.drift, trace[None]])[:, None],
+            torch.cat([weight, nothing], 1),
+            weight.square().sum(1, keepdim=True),
+            potential.speed,
+            *(tensor for layer in potential.layers for tensor in layer),
+        )
 
     def rate(self, t: Time, state: Tensor) -> Tensor:
-        return self.stage(t, state)[0]
+        return self._evaluate(t, state)[0]
 
     def stage(self, t: Time, state: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        squares, speed, slope, *_ = self.tensors
-        layers = self._layers()
-        x, weight, offset = state[: self.coordinates], layers[0].weight, layers[0].offset
-        h = torch.addmm(offset if speed is None else offset + speed * t, weight, x)
-        gradient, laplacian, square = weight[:, :, None], torch.zeros_like(squares), squares
-        rate = torch.zeros_like(state) if slope is None else _quadratic(slope, x)
+        return self._evaluate(t, state, in_place=True)
+
+    def _evaluate(
+        self, t: Time, state: Tensor, in_place: bool = False
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        quadratic, drift, first, square, speed, *_ = self.tensors
+        sigma, layers, x = self._activation, self._layers(), state[: self.coordinates]
+        rate = torch.addmm(drift, quadratic, x)
+        offset = layers[0].offset if speed is None else layers[0].offset + speed * t
+        h, tangent = torch.addmm(offset, layers[0].weight, x), first[:, :, None]
         kept = [x]
-        for i, layer in enumerate(layers):
+        for i, (weight, offset, amplitude) in enumerate(layers):
             if i:
-                y, y_gradient, y_laplacian = kept[-3:]
-                h = torch.addmm(layer.offset, layer.weight, y)
-                gradient = _product(layer.weight, y_gradient)
-                laplacian = layer.weight @ y_laplacian
-                square = gradient.square().sum(1)
-            p = self._activation.first(h)
-            second = self._activation.second(p)
-            a = layer.amplitude @ modes(t, layer.amplitude)
-            push = a * p
-            velocity = _sum(push, gradient)
-            thinning = (push * laplacian + a * second * square).sum(0, keepdim=True)
-            rate = rate + torch.cat([velocity, thinning])
-            kept += [gradient, laplacian, square, p]
+                h = torch.addmm(offset, weight, p)
+                tangent = _product(weight, units)
+                square = tangent[:, :-1].square().sum(1)
+                kept += [units, tangent, square]
+            p = sigma.first(h, out=h if in_place else None)
+            second, a = sigma.second(p), at(t, amplitude)
+            kept += [p]
+            rate += _combine(a * p, tangent)
+            rate[-1:].addmm_(a.T, second * square)
             if i + 1 < len(layers):
-                third = self._activation.third(p)
-                kept += [second[:, None] * gradient, second * laplacian + third * square]
+                units = second[:, None] * tangent
+                units[:, -1].addcmul_(second * sigma.steepness(p), square)
         return rate, tuple(kept)
 
     def pullback(
@@ -107,93 +117,94 @@ class LayersDynamics(Dynamics):
         adjoint: Tensor,
         gradients: list[Tensor | None],
     ) -> Tensor:
-        _, _, slope, *_ = self.tensors
-        d_squares, d_speed, d_slope, *d_layers = gradients
-        of_x, of_l = adjoint[: self.coordinates], adjoint[self.coordinates :]
-        if not len(of_l):
-            of_l = torch.zeros_like(adjoint[:1])
-        x, *units = kept
-        of_y = of_y_gradient = of_y_laplacian = None
-        layers = self._layers()
+        quadratic, _, first, square, *_ = self.tensors
+        d_quadratic, d_drift, d_first, d_square, d_speed, *d_layers = gradients
+        sigma, layers = self._activation, self._layers()
+        if len(adjoint) == self.coordinates:
+            adjoint = torch.cat([adjoint, torch.zeros_like(adjoint[:1])])
+        of_l = adjoint[-1:]
+        x, p0, *deeper = kept
+        of_y = of_units = None
         for i in reversed(range(len(layers))):
             weight, _, amplitude = layers[i]
-            gradient, laplacian, square, p = units[6 * i : 6 * i + 4]
-            second, third = self._activation.second(p), self._activation.third(p)
-            basis = modes(t, amplitude)
-            a = amplitude @ basis
-            along = (gradient * of_x).sum(1) + laplacian * of_l
-            thinning = second * of_l
-            d_a = p * along + thinning * square
-            of_h = a * (second * along + third * of_l * square)
-            push = a * p
-            of_gradient, of_laplacian, of_square = push[:, None] * of_x, push * of_l, a * thinning
-            if of_y is not None:
-                along = (gradient * of_y_gradient).sum(1) + laplacian * of_y_laplacian
-                bend = third * of_y_laplacian
-                of_h += second * of_y + third * along
-                of_h += self._activation.fourth(p) * square * of_y_laplacian
-                of_gradient += second[:, None] * of_y_gradient
-                of_laplacian += second * of_y_laplacian
-                of_square += bend
+            if i:
+                units, tangent, square, p = deeper[4 * i - 4 : 4 * i]
+                along = (tangent * adjoint).sum(1)
+            else:
+                tangent, square, p = first[:, :, None], self.tensors[3], p0
+                along = first @ adjoint
+            second, a = sigma.second(p), at(t, amplitude)
+            third = second * sigma.steepness(p)
+            thinning, push = second * of_l, a * p
             d_weight, d_offset, d_amplitude = d_layers[3 * i : 3 * i + 3]
             if d_amplitude is not None:
-                d_amplitude.addmm_(d_a.sum(1, keepdim=True), basis.T)
+                d_a = (p * along).addcmul_(thinning, square).sum(1, keepdim=True)
+                d_amplitude.addmm_(d_a, basis(t, amplitude).T)
+            of_h = along.mul_(second).addcmul_(third, square * of_l).mul_(a)
+            of_square = thinning.mul_(a)
+            if of_units is not None:
+                bend = third * of_units[:, -1]
+                of_h.addcmul_(second, of_y).addcmul_(third, (tangent * of_units).sum(1))
+                of_h.addcmul_(sigma.fourth(p), square * of_units[:, -1])
+                of_square += bend
             if d_offset is not None:
                 d_offset.add_(of_h if d_offset.shape[1] > 1 else of_h.sum(1, keepdim=True))
-            if i == 0:
+            if not i:
                 break
-            of_gradient.addcmul_(gradient, of_square[:, None], value=2)
+            of_tangent = push[:, None] * adjoint
+            if of_units is not None:
+                of_tangent.addcmul_(second[:, None], of_units)
+            of_tangent[:, :-1].addcmul_(tangent[:, :-1], of_square[:, None], value=2)
             if d_weight is not None:
-                y, y_gradient, y_laplacian = units[6 * i - 3 : 6 * i]
-                d_weight.addmm_(of_h, y.T)
-                d_weight.addmm_(of_gradient.flatten(1), y_gradient.flatten(1).T)
-                d_weight.addmm_(of_laplacian, y_laplacian.T)
-            of_y, of_y_laplacian = weight.T @ of_h, weight.T @ of_laplacian
-            of_y_gradient = _product(weight.T, of_gradient)
+                before = deeper[4 * i - 5] if i > 1 else p0
+                d_weight.addmm_(of_h, before.T)
+                d_weight.addmm_(of_tangent.flatten(1), units.flatten(1).T)
+            of_y, of_units = weight.T @ of_h, _product(weight.T, of_tangent)
         if d_weight is not None:
-            d_weight.addmm_(of_h, x.T).add_(of_gradient.sum(2))
-        if d_squares is not None:
-            d_squares.add_(of_square.sum(1, keepdim=True))
+            d_weight.addmm_(of_h, x.T)
+        if d_first is not None:
+            d_first.addmm_(push, adjoint.T)
+            if of_units is not None:
+                d_first.add_((second[:, None] * of_units).sum(2))
+        if d_square is not None:
+            d_square.add_(of_square.sum(1, keepdim=True))
         if d_speed is not None:
             d_speed.add_(of_h.sum(1, keepdim=True) * t)
-        along_x = layers[0].weight.T @ of_h
-        if slope is not None:
-            along_x.addmm_(slope[:, :-1].T, of_x)
-            if d_slope is not None:
-                d_slope[:, :-1].addmm_(of_x, x.T).diagonal().add_(of_l.sum())
-                d_slope[:, -1].add_(of_x.sum(1))
-        return along_x
+        if d_quadratic is not None:
+            d_quadratic.addmm_(adjoint, x.T)
+        if d_drift is not None:
+            d_drift.add_(adjoint.sum(1, keepdim=True))
+        return torch.addmm(weight.T @ of_h, quadratic.T, adjoint)
 
     def points(self, state: Tensor) -> Tensor:
         return as_rows(state[: self.coordinates], self._event_shape)
 
     def _layers(self) -> list[Layer]:
-        parts = iter(self.tensors[3:])
+        parts = iter(self.tensors[5:])
         return [Layer(*three) for three in zip(parts, parts, parts, strict=True)]  # type: ignore[arg-type]
 
 
-def _product(weight: Tensor, gradients: Tensor) -> Tensor:
-    """The product with gradients of units, (M, H) times (H, D, B)."""
-    product: Tensor = (weight @ gradients.flatten(1)).unflatten(1, gradients.shape[1:])
+def _product(weight: Tensor, tangents: Tensor) -> Tensor:
+    """The product with derivatives of units, (M, H) times (H, D + 1, B)."""
+    product: Tensor = (weight @ tangents.flatten(1)).unflatten(1, tangents.shape[1:])
     return product
 
 
-def _sum(push: Tensor, gradients: Tensor) -> Tensor:
-    """The sum over units of their gradients, (M, D, B) or (M, D, 1), each times a number (M, B)."""
-    if gradients.shape[2] == 1:
-        return gradients[:, :, 0].T @ push
-    total: Tensor = (push[:, None] * gradients).sum(0)
+def _combine(push: Tensor, tangents: Tensor) -> Tensor:
+    """The sum of derivatives of units, (M, D + 1, B) or (M, D + 1, 1), each times its push."""
+    if tangents.shape[2] == 1:
+        return tangents[:, :, 0].T @ push
+    total: Tensor = (push[:, None] * tangents).sum(0)
     return total
 
 
-def _quadratic(slope: Tensor, x: Tensor) -> Tensor:
-    r"""Gradient and Laplacian of :math:`x^T S x / 2 + o \cdot x`, shape (D + 1, B)."""
-    gradient = torch.addmm(slope[:, -1:], slope[:, :-1], x)
-    return torch.cat([gradient, slope.diagonal().sum().expand_as(x[:1])])
+def at(t: Time, amplitude: Tensor) -> Tensor:
+    """Amplitudes at a time, from those of each mode: (M, modes) to (M, 1)."""
+    return amplitude if amplitude.shape[1] == 1 else amplitude @ basis(t, amplitude)
 
 
-def modes(t: Time, like: Tensor) -> Tensor:
+def basis(t: Time, amplitude: Tensor) -> Tensor:
     r"""The functions :math:`\cos \pi k t`, k = 0, 1, ..., of which amplitudes are made, (modes, 1)."""
-    k = torch.arange(like.shape[1], dtype=like.dtype, device=like.device)
-    modes: Tensor = torch.cos(math.pi * t * k)[:, None]
-    return modes
+    k = torch.arange(amplitude.shape[1], dtype=amplitude.dtype, device=amplitude.device)
+    functions: Tensor = torch.cos(math.pi * t * k)[:, None]
+    return functions
