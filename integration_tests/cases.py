@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from nflows_mongeampere import (
     AutogradPotential,
     ConvolutionalPotential,
+    DeepPotential,
     MongeAmpereTransform,
     Potential,
     RidgePotential,
@@ -86,6 +87,16 @@ def _convolutional(
     )
 
 
+def _deep(features: int, hidden: int | list[int], **keywords: Any) -> Callable[[str], Potential]:
+    def build(activation: str) -> Potential:
+        potential = DeepPotential(features, hidden, activation=activation, **keywords)
+        for parameter in potential.parameters():
+            nn.init.normal_(parameter, std=0.5)
+        return potential
+
+    return build
+
+
 # With these batches few ridges in many dimensions move in reduced coordinates, the others in x.
 POTENTIALS = {
     "reduced": Example(_ridge(6, 2), (6,)),
@@ -97,6 +108,10 @@ POTENTIALS = {
         _ridge(4, 9, time_dependent=True, context_features=2), (1, 2, 2), 2
     ),
     "convolutional": Example(_convolutional((2, 1, 3), 2, kernel_size=3), (2, 1, 3)),
+    "deep": Example(_deep(2, 4), (2,)),
+    "deep-everything": Example(
+        _deep(4, [3, 4, 2], context_features=2, time_dependent=True, modes=2), (1, 2, 2), 2
+    ),
     "symmetrized": Example(
         lambda a: SymmetrizedPotential(RidgePotential(4, 2, activation=a), translations((2, 2))),
         (2, 2),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from unittest import mock
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 from nflows_mongeampere import (
     AutogradPotential,
     ConvolutionalPotential,
+    DeepPotential,
     Potential,
     RidgePotential,
     SymmetrizedPotential,
@@ -22,6 +24,7 @@ from nflows_mongeampere.dynamics import FieldDynamics
 from nflows_mongeampere.groups import Group, point_group, reflections, translations
 from nflows_mongeampere.potentials import orbits
 from nflows_mongeampere.potentials.convolutional import ConvolutionalDynamics
+from nflows_mongeampere.potentials.layers import LayersDynamics
 from nflows_mongeampere.potentials.orbits import LatticeDynamics
 from nflows_mongeampere.potentials.ridges import ReducedDynamics, RidgeDynamics
 
@@ -88,6 +91,14 @@ def convolutional(shape: Sequence[int], **options: object) -> ConvolutionalPoten
     return potential
 
 
+def deep(features: int, widths: int | Sequence[int], **options: object) -> DeepPotential:
+    """A deep potential in float64 with numbers that differ from place to place."""
+    potential = DeepPotential(features, widths, **options).double()  # type: ignore[arg-type]
+    for parameter in potential.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    return potential
+
+
 def lattice(potential: Potential, group: Group) -> SymmetrizedPotential:
     """A symmetrized potential whose rows move in Fourier space, however small the lattice."""
     with mock.patch.object(orbits, "FOURIER_SITES", 1):
@@ -129,6 +140,10 @@ POTENTIALS = {
         lambda: convolutional((2, 1, 3), kernel_size=5, activation="logcosh"),
         (6,),
         ConvolutionalDynamics,
+    ),
+    "deep": Example(lambda: deep(2, 3), (2,), LayersDynamics),
+    "deeper-all": Example(
+        lambda: deep(4, [3, 4, 2], modes=3, activation="softplus", **ALL), (1, 2, 2), LayersDynamics
     ),
     "orbits": Example(
         lambda: SymmetrizedPotential(ridge(4, 3, scale=3, **ALL), translations((2, 2))),
@@ -200,10 +215,37 @@ def convolutional_value(potential: ConvolutionalPotential, x: Tensor) -> Tensor:
     return (potential.amplitude * sigma).flatten(1).sum(1)
 
 
+def deep_value(
+    potential: DeepPotential, x: Tensor, t: float | Tensor = 0.0, context: Tensor | None = None
+) -> Tensor:
+    """The definition: units one by one, tanh or sigmoid from layer to layer, all read out."""
+    softplus = potential.activation == "softplus"
+    units = [(x.flatten(1) * row).sum(1) for row in potential.weight]
+    units = [h + b for h, b in zip(units, potential.bias, strict=True)]
+    if potential.time_weight is not None:
+        units = [h + v * t for h, v in zip(units, potential.time_weight, strict=True)]
+    if potential.context_weight is not None and context is not None:
+        rows = (context @ potential.context_weight.T).T
+        units = [h + row for h, row in zip(units, rows, strict=True)]
+    layers = [units]
+    for weight, bias in zip(potential.hidden_weights, potential.hidden_biases, strict=True):
+        y = torch.stack([h.sigmoid() if softplus else h.tanh() for h in layers[-1]])
+        layers.append(list(weight @ y + bias[:, None]))
+    value = 0.5 * torch.einsum("bi,ij,bj->b", x.flatten(1), potential.quadratic, x.flatten(1))
+    value = value + x.flatten(1) @ potential.drift
+    for row, h in zip(potential.amplitude, [h for layer in layers for h in layer], strict=True):
+        time = torch.as_tensor(t, dtype=torch.float64)
+        a = sum(a * torch.cos(time * math.pi * k) for k, a in enumerate(row))
+        value = value + a * (F.softplus(h, threshold=100) if softplus else h.cosh().log())
+    return value
+
+
 def definition(potential: Potential, context: Tensor | None = None) -> Value:
     """The value of a potential as a function of (x, t) that shares no line with the package."""
     if isinstance(potential, RidgePotential):
         return lambda x, t: ridge_value(potential, x, t, context)
+    if isinstance(potential, DeepPotential):
+        return lambda x, t: deep_value(potential, x, t, context)
     if isinstance(potential, ConvolutionalPotential):
         return lambda x, t: convolutional_value(potential, x)
     if isinstance(potential, SymmetrizedPotential):

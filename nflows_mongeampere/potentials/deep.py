@@ -81,17 +81,25 @@ class DeepPotential(ClosedFormPotential):
         self.features = validation.integer("features", features)
         widths = hidden_features if isinstance(hidden_features, Sequence) else [hidden_features] * 2
         self.hidden_features = [validation.integer("hidden_features", width) for width in widths]
+        if not self.hidden_features:
+            raise ValueError("hidden_features: got no layers, expected at least one width")
         if context_features is not None:
             context_features = validation.integer("context_features", context_features)
         self.context_features = context_features
         self.time_dependent = bool(time_dependent)
         self.modes = validation.integer("modes", modes)
+        if self.modes > 1 and not self.time_dependent:
+            raise ValueError(
+                f"modes: got {modes}, expected 1, because amplitudes of a potential that does not "
+                "depend on time are constant; build it with time_dependent=True"
+            )
         self.activation = validation.choice("activation", activation, ACTIVATIONS)
         first, *deeper = self.hidden_features
         self.weight = nn.Parameter(torch.empty(first, self.features))
         self.bias = nn.Parameter(torch.empty(first))
         self.hidden_weights = nn.ParameterList(
-            torch.empty(after, before) for before, after in zip(self.hidden_features, deeper)
+            torch.empty(after, before)
+            for before, after in zip(self.hidden_features, deeper, strict=False)
         )
         self.hidden_biases = nn.ParameterList(torch.empty(width) for width in deeper)
         self.amplitude = nn.Parameter(torch.empty(sum(self.hidden_features), self.modes))
@@ -99,9 +107,7 @@ class DeepPotential(ClosedFormPotential):
         self.drift = nn.Parameter(torch.empty(self.features))
         self.time_weight = nn.Parameter(torch.empty(first)) if self.time_dependent else None
         self.context_weight = (
-            None
-            if context_features is None
-            else nn.Parameter(torch.empty(first, context_features))
+            None if context_features is None else nn.Parameter(torch.empty(first, context_features))
         )
         self.reset_parameters()
 

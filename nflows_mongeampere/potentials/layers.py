@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,7 +67,7 @@ class LayersDynamics(Dynamics):
         self._event_shape = inputs.shape[1:]
         self.coordinates = self._event_shape.numel()
         self.state = start(inputs, 1)
-        weight, offset, _ = potential.layers[0]
+        weight = potential.layers[0].weight
         nothing = torch.zeros_like(weight[:, :1])
         trace = potential.quadratic.diagonal().sum()
         self.tensors = (
@@ -88,26 +88,26 @@ class LayersDynamics(Dynamics):
     def _evaluate(
         self, t: Time, state: Tensor, in_place: bool = False
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        quadratic, drift, first, square, speed, *_ = self.tensors
+        quadratic, drift, first, square, speed = self._whole()
         sigma, layers, x = self._activation, self._layers(), state[: self.coordinates]
-        rate = torch.addmm(drift, quadratic, x)
-        offset = layers[0].offset if speed is None else layers[0].offset + speed * t
-        h, tangent = torch.addmm(offset, layers[0].weight, x), first[:, :, None]
-        kept = [x]
+        rate, kept = torch.addmm(drift, quadratic, x), [x]
+        y, units = x, first[:, :, None]
         for i, (weight, offset, amplitude) in enumerate(layers):
             if i:
-                h = torch.addmm(offset, weight, p)
                 tangent = _product(weight, units)
                 square = tangent[:, :-1].square().sum(1)
                 kept += [units, tangent, square]
-            p = sigma.first(h, out=h if in_place else None)
-            second, a = sigma.second(p), at(t, amplitude)
-            kept += [p]
-            rate += _combine(a * p, tangent)
-            rate[-1:].addmm_(a.T, second * square)
+            else:
+                tangent, offset = units, offset if speed is None else offset + speed * t
+            h = torch.addmm(offset, weight, y)
+            y = sigma.first(h, out=h if in_place else None)
+            kept += [y]
+            second, a = sigma.second(y), at(t, amplitude)
+            rate += _combine(a * y, tangent)
+            rate[-1] += (a * second * square).sum(0)
             if i + 1 < len(layers):
                 units = second[:, None] * tangent
-                units[:, -1].addcmul_(second * sigma.steepness(p), square)
+                units[:, -1] += second * sigma.steepness(y) * square
         return rate, tuple(kept)
 
     def pullback(
@@ -117,7 +117,7 @@ class LayersDynamics(Dynamics):
         adjoint: Tensor,
         gradients: list[Tensor | None],
     ) -> Tensor:
-        quadratic, _, first, square, *_ = self.tensors
+        quadratic, _, first, squares, _ = self._whole()
         d_quadratic, d_drift, d_first, d_square, d_speed, *d_layers = gradients
         sigma, layers = self._activation, self._layers()
         if len(adjoint) == self.coordinates:
@@ -131,7 +131,7 @@ class LayersDynamics(Dynamics):
                 units, tangent, square, p = deeper[4 * i - 4 : 4 * i]
                 along = (tangent * adjoint).sum(1)
             else:
-                tangent, square, p = first[:, :, None], self.tensors[3], p0
+                tangent, square, p = first[:, :, None], squares, p0
                 along = first @ adjoint
             second, a = sigma.second(p), at(t, amplitude)
             third = second * sigma.steepness(p)
@@ -142,7 +142,7 @@ class LayersDynamics(Dynamics):
                 d_amplitude.addmm_(d_a, basis(t, amplitude).T)
             of_h = along.mul_(second).addcmul_(third, square * of_l).mul_(a)
             of_square = thinning.mul_(a)
-            if of_units is not None:
+            if of_y is not None and of_units is not None:
                 bend = third * of_units[:, -1]
                 of_h.addcmul_(second, of_y).addcmul_(third, (tangent * of_units).sum(1))
                 of_h.addcmul_(sigma.fourth(p), square * of_units[:, -1])
@@ -179,9 +179,13 @@ class LayersDynamics(Dynamics):
     def points(self, state: Tensor) -> Tensor:
         return as_rows(state[: self.coordinates], self._event_shape)
 
+    def _whole(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        whole: Any = self.tensors
+        return tuple(whole[:5])
+
     def _layers(self) -> list[Layer]:
-        parts = iter(self.tensors[5:])
-        return [Layer(*three) for three in zip(parts, parts, parts, strict=True)]  # type: ignore[arg-type]
+        parts: Any = iter(self.tensors[5:])
+        return [Layer(*three) for three in zip(parts, parts, parts, strict=True)]
 
 
 def _product(weight: Tensor, tangents: Tensor) -> Tensor:
@@ -204,7 +208,7 @@ def at(t: Time, amplitude: Tensor) -> Tensor:
 
 
 def basis(t: Time, amplitude: Tensor) -> Tensor:
-    r"""The functions :math:`\cos \pi k t`, k = 0, 1, ..., of which amplitudes are made, (modes, 1)."""
+    r"""The functions :math:`\cos \pi k t` of which amplitudes are made, one in each row."""
     k = torch.arange(amplitude.shape[1], dtype=amplitude.dtype, device=amplitude.device)
-    functions: Tensor = torch.cos(math.pi * t * k)[:, None]
-    return functions
+    time = torch.as_tensor(t, dtype=amplitude.dtype, device=amplitude.device)
+    return torch.cos(math.pi * k[:, None] * time)
