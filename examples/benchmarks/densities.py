@@ -3,7 +3,8 @@ r"""The data that the architecture benchmark compares flows on.
 Toys in two dimensions have a density that is known exactly, and so the best that a flow could do is
 known. Two kinds suffice: what is smeared around a curve, and what is constant on the squares of a
 mosaic. Images go to logits and are then whitened by a fixed linear map, the same for every flow;
-:attr:`Data.volume` takes their density back to where others report it.
+:attr:`Data.volume` takes their density back to where others report it. Tables are those of
+``tables.py``.
 
 To add a data set, add a line to :data:`DATA`.
 """
@@ -30,6 +31,7 @@ from nflows_mongeampere.examples.images import (
     to_pixels,
 )
 from nflows_mongeampere.training import EndlessBatches
+from tables import TABLES
 
 MISSING = 'install it with: pip install "nflows-mongeampere[examples]"'
 
@@ -181,11 +183,11 @@ class Data:
         batches: an endless row of training batches, from a seed.
         validation: points that choose the checkpoint, shape (N, D).
         test: points that are read once, shape (draws * N, D): all of a draw together.
-        draws: of dequantisation noise for each test image; 1 for toys.
+        draws: of dequantisation noise for each test image; 1 for toys and tables.
         volume: :math:`\\ln|dy/dx|` of each test point, from where figures are reported (x) to where
             the flow lives (y).
         unit: what a figure is a figure of.
-        to_picture: makes the grey levels of images, between 0 and 1, from points; None for toys.
+        to_picture: makes the grey levels of images, between 0 and 1, from points; None for others.
         toy: the exact density, for toys.
     """
 
@@ -275,8 +277,27 @@ def _images(images: Images, levels: int, margin: float, draws: int, pixels: bool
     )
 
 
+def rows(name: str, data_dir: Path | None = None) -> Data:
+    """A table; 2,000 rows of its validation and 10,000 of its test, of those that there are."""
+    train, validation, test = (torch.from_numpy(part).float() for part in TABLES[name](data_dir))
+
+    def some(part: Tensor, count: int) -> Tensor:
+        return part[torch.randperm(len(part), generator=torch.Generator().manual_seed(0))[:count]]
+
+    test = some(test, 10_000)
+    return Data(
+        features=train.shape[1],
+        batches=lambda seed: EndlessBatches(train, 256, seed),
+        validation=some(validation, 2000),
+        test=test,
+        volume=torch.zeros(len(test)),
+        unit="nats per row, in the prepared units",
+    )
+
+
 DATA: dict[str, Callable[[Path | None], Data]] = {
     **{name: partial(plane, name) for name in TOYS},
     "digits": digits,
     "mnist": mnist,
+    **{name: partial(rows, name) for name in TABLES},
 }

@@ -11,7 +11,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from io import StringIO
-from typing import Any
+from typing import Any, TypeVar
 
 import normflows
 import torch
@@ -19,7 +19,9 @@ from nflows.distributions import StandardNormal
 from nflows.flows import Flow, MaskedAutoregressiveFlow, SimpleRealNVP
 from nflows.nn.nets import ResidualNet
 from nflows.transforms import (
+    ActNorm,
     CompositeTransform,
+    LULinear,
     MaskedPiecewiseRationalQuadraticAutoregressiveTransform,
     PiecewiseRationalQuadraticCouplingTransform,
     ReversePermutation,
@@ -34,10 +36,13 @@ from nflows_mongeampere import (
 )
 from nflows_mongeampere.convergence import converged
 from nflows_mongeampere.models import transports
+from ot_flow import OTFlowPotential
 
 # the widest data whose trace is exact in the test; wider ones leave it to Hutchinson's estimate
 EXACT_FEATURES = 64
 BINS, TAIL_BOUND = 8, 5.0
+
+Setting = TypeVar("Setting")
 
 
 class Model(nn.Module):
@@ -54,6 +59,10 @@ class Model(nn.Module):
     def log_prob(self, x: Tensor) -> Tensor:
         """The log-density of each row, shape (B,)."""
         raise NotImplementedError
+
+    def training_loss(self, x: Tensor) -> Tensor:
+        """What is minimised on a batch: the likelihood, with the penalties that belong to it."""
+        return -self.log_prob(x).mean()
 
     def sample(self, count: int) -> Tensor:
         """Samples, shape (count, D)."""
@@ -112,6 +121,36 @@ class Nflows(Model):
     @property
     def evaluations(self) -> int:
         return sum(flow.integrator.evaluations for flow in transports(self)) or 1
+
+
+class OTFlow(Nflows):
+    r"""OT-Flow with its own penalties, in the units of the likelihood.
+
+    .. math:: \langle -\ln p(x) \rangle + \alpha_1 \int_0^1 \tfrac12 \|\nabla\Phi\|^2 d\tau
+              + \alpha_2 \int_0^1 |\partial_\tau\Phi - \tfrac12 \|\nabla\Phi\|^2| d\tau
+
+    Args:
+        features: D.
+        hidden: width of the potential.
+        steps: of the classical Runge-Kutta method, which also takes the integrals.
+        transport: :math:`\alpha_1`.
+        residual: :math:`\alpha_2`.
+    """
+
+    def __init__(
+        self, features: int, hidden: int, *, steps: int, transport: float, residual: float
+    ) -> None:
+        potential = OTFlowPotential(features, hidden)
+        super().__init__(features, MongeAmpereTransform(potential, steps=steps))
+        self.potential, self.weights = potential, (transport, residual)
+
+    def training_loss(self, x: Tensor) -> Tensor:
+        with self.potential.recording() as rates:
+            loss = super().training_loss(x)
+        (flow,) = transports(self)
+        stages = torch.tensor(flow.integrator.method.b).repeat(flow.steps) * (flow.time / flow.steps)
+        costs = stages @ torch.stack(rates)
+        return loss + torch.tensor(self.weights) @ costs
 
 
 class Normflows(Model):
@@ -240,7 +279,7 @@ class Torchdyn(Model):
         return int(self._ode.vf.nfe)
 
 
-def ridge(features: int, hidden: int, *, transforms: int = 1, moving: bool = False) -> Model:
+def ridge(features: int, hidden: int, *, transforms: int = 1, moving: bool = False) -> Nflows:
     """Monge-Ampère flows with ridge potentials, in a row.
 
     Ridges start as sharp as the data need: thin shapes in the plane, whitened pixels in images.
@@ -256,7 +295,7 @@ def ridge(features: int, hidden: int, *, transforms: int = 1, moving: bool = Fal
             else:
                 axes = min(features, len(potential.weight))
                 potential.weight[:axes] = torch.eye(features)[:axes]
-        steps = {2: 4, 64: 4, 784: 3}[features]
+        steps = 4 if features <= EXACT_FEATURES else 3
         flows.append(MongeAmpereTransform(potential, time=1.0, steps=max(2, steps // transforms)))
     return Nflows(features, *flows)
 
@@ -279,25 +318,56 @@ class Potential(nn.Module):
         return potential
 
 
-def network(features: int, hidden: int) -> Model:
+def network(features: int, hidden: int) -> Nflows:
     """A Monge-Ampère flow whose potential is a small network, differentiated by autograd."""
     laplacian = "exact" if features <= 2 else "hutchinson"
     potential = AutogradPotential(Potential(features, hidden), laplacian=laplacian)
     return Nflows(features, MongeAmpereTransform(potential, steps=4))
 
 
-def realnvp(features: int, hidden: int) -> Model:
+# of the published trainings: steps, and the weights of the transport cost and the residual for each
+# unit of likelihood, up to so many features (toys, POWER, GAS, HEPMASS, MINIBOONE, BSDS300)
+OT_FLOW = {
+    2: (8, 1 / 100, 5 / 100),
+    6: (10, 1 / 500, 5 / 500),
+    8: (10, 1 / 1200, 40 / 1200),
+    21: (12, 1 / 500, 40 / 500),
+    43: (6, 1 / 100, 15 / 100),
+    64: (14, 1 / 2000, 800 / 2000),
+}
+
+
+def ot_flow(features: int, hidden: int) -> Model:
+    """OT-Flow as published for the data with the next number of features."""
+    steps, transport, residual = smallest(OT_FLOW, features)
+    return OTFlow(features, hidden, steps=steps, transport=transport, residual=residual)
+
+
+def behind_linear(build: Callable[[int, int], Nflows]) -> Callable[[int, int], Nflows]:
+    """A flow of nflows behind a trained linear layer, as its users have it: LU, or scales alone.
+
+    The scales of nflows' coupling layers are at most 1.001: alone they cannot widen narrow data.
+    """
+
+    def behind(features: int, hidden: int) -> Nflows:
+        front = LULinear(features) if features <= EXACT_FEATURES else ActNorm(features)
+        return Nflows(features, front, build(features, hidden).flow._transform)
+
+    return behind
+
+
+def realnvp(features: int, hidden: int) -> Nflows:
     """Affine coupling layers of nflows."""
     layers = 8 if features == 2 else 5
     return Nflows(features, SimpleRealNVP(features, hidden, layers, 2)._transform)
 
 
-def maf(features: int, hidden: int) -> Model:
+def maf(features: int, hidden: int) -> Nflows:
     """Affine autoregressive layers of nflows."""
     return Nflows(features, MaskedAutoregressiveFlow(features, hidden, 5, 2)._transform)
 
 
-def spline_coupling(features: int, hidden: int) -> Model:
+def spline_coupling(features: int, hidden: int) -> Nflows:
     """Rational-quadratic coupling layers of nflows."""
     layers: list[Transform] = []
     for i in range(6 if features == 2 else 4):
@@ -313,7 +383,7 @@ def spline_coupling(features: int, hidden: int) -> Model:
     return Nflows(features, *layers)
 
 
-def spline_autoregressive(features: int, hidden: int) -> Model:
+def spline_autoregressive(features: int, hidden: int) -> Nflows:
     """Rational-quadratic autoregressive layers of nflows."""
     layers: list[Transform] = []
     for _ in range(4 if features == 2 else 2):
@@ -335,7 +405,8 @@ def normflows_realnvp(features: int, hidden: int) -> Model:
     """Affine coupling blocks of normflows, as in its README."""
     flows = []
     for _ in range(16 if features == 2 else 6):
-        sizes = [features // 2, hidden, hidden, features]
+        # the first part is the larger one
+        sizes = [(features + 1) // 2, hidden, hidden, features // 2 * 2]
         network = normflows.nets.MLP(sizes, init_zeros=True)
         flows.append(normflows.flows.AffineCouplingBlock(network))
         flows.append(normflows.flows.Permute(features, mode="swap"))
@@ -366,6 +437,11 @@ def normflows_spline(features: int, hidden: int) -> Model:
     return Normflows(features, *flows)
 
 
+def smallest(settings: Mapping[int, Setting], features: int) -> Setting:
+    """The setting for the smallest number of features that is no smaller than this one."""
+    return settings[min(size for size in settings if size >= features)]
+
+
 @dataclass(frozen=True)
 class Architecture:
     """A flow to compare.
@@ -373,73 +449,47 @@ class Architecture:
     Attributes:
         title: how tables call it.
         build: makes it from the number of features and the width of its hidden layers.
-        widths: of the hidden layers, for each number of features that the flow can be trained at
-            within minutes.
-        rates: the highest learning rate of AdamW, for each number of features. In the plane and for
-            digits those of the lowest validation loss of 1e-3, 3e-3, 1e-2 and 3e-2, after four
-            seconds of moons and ten of digits; for MNIST those of ``examples/mnist.py`` or of the
-            libraries' examples. To choose anew, run ``architectures.py --learning-rate`` with
-            several and read the validation losses in ``architectures.csv``.
+        widths: of the hidden layers, for data of up to so many features; beyond, the flow cannot be
+            trained within minutes.
     """
 
     title: str
     build: Callable[[int, int], Model]
     widths: Mapping[int, int]
-    rates: Mapping[int, float]
+
+    def fits(self, features: int) -> bool:
+        """Whether it can be trained on data of so many features."""
+        return features <= max(self.widths)
 
     def make(self, features: int) -> Model:
         """The flow at the size of the comparison."""
-        return self.build(features, self.widths[features])
+        return self.build(features, smallest(self.widths, features))
 
 
 NETWORKS = {2: 64, 64: 128, 784: 512}
 RIDGES = {2: 128, 64: 512, 784: 1024}
 
 
-def _rates(plane: float, digits: float, mnist: float) -> dict[int, float]:
-    return {2: plane, 64: digits, 784: mnist}
-
-
 FLOWS = {
-    "ridge": Architecture("Monge-Ampère", ridge, RIDGES, _rates(3e-2, 3e-2, 6e-3)),
-    "moving": Architecture(
-        "Monge-Ampère, time-dependent",
-        partial(ridge, moving=True),
-        RIDGES,
-        _rates(3e-2, 3e-2, 6e-3),
-    ),
-    "stacked": Architecture(
-        "Monge-Ampère, two in a row", partial(ridge, transforms=2), RIDGES, _rates(3e-2, 3e-2, 6e-3)
-    ),
-    "network": Architecture("Monge-Ampère, network", network, NETWORKS, _rates(3e-2, 1e-2, 1e-3)),
-    "realnvp": Architecture("nflows RealNVP", realnvp, NETWORKS, _rates(1e-2, 1e-2, 1e-3)),
-    "maf": Architecture("nflows MAF", maf, NETWORKS, _rates(1e-2, 3e-2, 1e-3)),
-    "spline-coupling": Architecture(
-        "nflows RQ coupling", spline_coupling, NETWORKS, _rates(1e-2, 1e-2, 1e-3)
-    ),
+    "ridge": Architecture("Monge-Ampère", ridge, RIDGES),
+    "moving": Architecture("Monge-Ampère, time-dependent", partial(ridge, moving=True), RIDGES),
+    "stacked": Architecture("Monge-Ampère, two in a row", partial(ridge, transforms=2), RIDGES),
+    "network": Architecture("Monge-Ampère, network", network, NETWORKS),
+    "ot-flow": Architecture("OT-Flow", ot_flow, {2: 32, 64: 64}),
+    "realnvp": Architecture("nflows RealNVP", behind_linear(realnvp), NETWORKS),
+    "maf": Architecture("nflows MAF", behind_linear(maf), NETWORKS),
+    "spline-coupling": Architecture("nflows RQ coupling", behind_linear(spline_coupling), NETWORKS),
     "spline-autoregressive": Architecture(
-        "nflows RQ autoregressive", spline_autoregressive, NETWORKS, _rates(1e-2, 1e-2, 1e-3)
+        "nflows RQ autoregressive", behind_linear(spline_autoregressive), NETWORKS
     ),
-    "normflows-realnvp": Architecture(
-        "normflows real NVP", normflows_realnvp, NETWORKS, _rates(1e-2, 1e-3, 1e-3)
-    ),
-    "normflows-residual": Architecture(
-        "normflows residual", normflows_residual, NETWORKS, _rates(3e-2, 3e-2, 1e-3)
-    ),
-    "normflows-spline": Architecture(
-        "normflows neural spline", normflows_spline, NETWORKS, _rates(1e-2, 1e-2, 1e-3)
-    ),
-    "zuko": Architecture("zuko CNF", Zuko, NETWORKS, _rates(3e-2, 1e-2, 1e-3)),
+    "normflows-realnvp": Architecture("normflows real NVP", normflows_realnvp, NETWORKS),
+    "normflows-residual": Architecture("normflows residual", normflows_residual, NETWORKS),
+    "normflows-spline": Architecture("normflows neural spline", normflows_spline, NETWORKS),
+    "zuko": Architecture("zuko CNF", Zuko, NETWORKS),
     "torchdyn-hutchinson": Architecture(
-        "torchdyn CNF, Hutchinson",
-        partial(Torchdyn, exact=False),
-        NETWORKS,
-        _rates(3e-2, 3e-2, 1e-3),
+        "torchdyn CNF, Hutchinson", partial(Torchdyn, exact=False), NETWORKS
     ),
     "torchdyn-exact": Architecture(
-        "torchdyn CNF, exact trace",
-        partial(Torchdyn, exact=True),
-        {2: 64, 64: 128},
-        _rates(3e-2, 3e-2, 1e-3),
+        "torchdyn CNF, exact trace", partial(Torchdyn, exact=True), {2: 64, 64: 128}
     ),
 }

@@ -28,6 +28,7 @@ from rich.console import Console
 from torch import Tensor
 
 from benchmark_report import Section, environment, write_report
+import flows
 from flows import FLOWS, Model
 from nflows_mongeampere.models import transports
 from paired_timing import Timings, Track, interleave, progress_bars
@@ -57,10 +58,10 @@ def zuko_exact(features: int, hidden: int) -> Model:
 PEERS: dict[str, Callable[[int, int], Model]] = {
     OURS: partial(ours, steps=10),
     "Monge-Ampère, 3 steps": partial(ours, steps=3),
-    "nflows RealNVP": FLOWS["realnvp"].build,
-    "nflows MAF": FLOWS["maf"].build,
-    "nflows RQ coupling": FLOWS["spline-coupling"].build,
-    "nflows RQ autoregressive": FLOWS["spline-autoregressive"].build,
+    "nflows RealNVP": flows.realnvp,
+    "nflows MAF": flows.maf,
+    "nflows RQ coupling": flows.spline_coupling,
+    "nflows RQ autoregressive": flows.spline_autoregressive,
     "normflows real NVP": FLOWS["normflows-realnvp"].build,
     "normflows residual": FLOWS["normflows-residual"].build,
     "normflows neural spline": FLOWS["normflows-spline"].build,

@@ -70,9 +70,12 @@ class Objective(lightning.LightningModule):
         entries: of one event, as the last loss saw it: the scale of its noise.
         first_advice: what to look at first where a training diverges.
         culprit: where the last loss was NaN or infinite, the layer that made it so.
+        clock: gives the seconds that ``minutes`` are of; ``time.process_time`` in a subclass makes
+            them minutes of the processor.
     """
 
     first_advice = ""
+    clock: Callable[[], float] = staticmethod(time.monotonic)
 
     def __init__(
         self,
@@ -118,12 +121,12 @@ class Objective(lightning.LightningModule):
     def begin(self) -> None:
         """Nothing of the budget is spent."""
         self.progress, self.batches = 0.0, 0
-        self._seconds_before, self._start = 0.0, time.monotonic()
+        self._seconds_before, self._start = 0.0, self.clock()
 
     @property
     def seconds(self) -> float:
-        """Wall-clock time of the training so far, interrupted runs included."""
-        return self._seconds_before + time.monotonic() - self._start
+        """Time of the training so far by its clock, interrupted runs included."""
+        return self._seconds_before + self.clock() - self._start
 
     def losses(self, batch: Any) -> Tensor:
         """The loss of each row of a batch, in nats, shape (B,)."""
@@ -236,7 +239,7 @@ class Objective(lightning.LightningModule):
         return rate * 0.5 * (1 + math.cos(math.pi * self.progress)) if self.anneal else rate
 
     def on_train_start(self) -> None:
-        self._start = time.monotonic()
+        self._start = self.clock()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Take stock, before the learning rate of the next step is set."""
