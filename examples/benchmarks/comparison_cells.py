@@ -7,14 +7,17 @@ import csv
 import json
 import math
 import multiprocessing
+import resource
+import signal
 import statistics
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from io import BytesIO, StringIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +28,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from densities import DATA, Data
 from flows import FLOWS, Model
+from tables import TABLES
 from nflows_mongeampere.examples.runs import peak_memory, resident_memory, write_json
 from nflows_mongeampere.files import write
 from nflows_mongeampere.training import (
@@ -37,7 +41,7 @@ from nflows_mongeampere.training import (
 )
 
 SIDE, GRID = 3.0, 120  # the pictures of toys: [-3, 3] squared, 120 by 120 points
-PATIENCE = 240.0  # seconds for what comes after the training
+PATIENCE = 240.0  # seconds of the processor for what comes before and after the training
 ENOUGH = 5.0  # seconds, after which no larger batch is timed
 
 
@@ -46,7 +50,7 @@ class Kind:
     """How data of a kind are learned; the same for every flow.
 
     Attributes:
-        seconds: of training, where ``--seconds`` is left out.
+        seconds: of the processor for a training, where ``--seconds`` is left out.
         seeds: where ``--seeds`` is left out.
         weight_decay: of AdamW.
         chunk: rows of a batch of the test.
@@ -59,7 +63,9 @@ class Kind:
 
 
 TOY = Kind(seconds=6, seeds=2, weight_decay=0.0, chunk=1000)
+TABLE = Kind(seconds=300, seeds=2, weight_decay=0.0, chunk=500)
 KINDS = {
+    **dict.fromkeys(TABLES, TABLE),
     "digits": Kind(seconds=20, seeds=2, weight_decay=0.1, chunk=200),
     "mnist": Kind(seconds=60, seeds=1, weight_decay=0.0, chunk=100),
 }
@@ -67,13 +73,20 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One flow, trained on one data set from one seed."""
+    """One flow, trained on one data set from one seed.
+
+    Attributes:
+        seconds: of the processor.
+        learning_rate: of AdamW, the highest.
+        trial: whether only the validation loss is wanted, to choose the learning rate by.
+    """
 
     data: str
     flow: str
     seed: int
     seconds: float
-    learning_rate: float | None = None
+    learning_rate: float
+    trial: bool = False
 
     @property
     def kind(self) -> Kind:
@@ -82,7 +95,8 @@ class Cell:
 
     def path(self, out: Path, suffix: str) -> Path:
         """A file of this cell."""
-        return out / "cells" / f"{self.data}_{self.flow}_{self.seed}{suffix}"
+        number = f"{self.learning_rate:g}" if self.trial else self.seed
+        return out / "cells" / f"{self.data}_{self.flow}_{number}{suffix}"
 
 
 @dataclass(frozen=True)
@@ -127,10 +141,21 @@ class Figures:
 
 
 def seconds_of(call: Callable[[], object]) -> float:
-    """How long a call takes."""
-    start = time.perf_counter()
+    """How long a call takes, of the processor: what else it does in the meantime does not count."""
+    start = time.process_time()
     call()
-    return time.perf_counter() - start
+    return time.process_time() - start
+
+
+class Training(MaximumLikelihood):
+    """Maximum likelihood with the penalties that belong to a flow, for a time of the processor."""
+
+    clock = staticmethod(time.process_time)
+
+    def _penalised_loss(self, batch: Any) -> Tensor:
+        model: Any = self.flow
+        loss: Tensor = model.training_loss(batch)
+        return loss
 
 
 def make_optimizer(cell: Cell, rate: float, flow: nn.Module) -> torch.optim.Optimizer:
@@ -147,7 +172,7 @@ def time_step(cell: Cell, model: Model, data: Data) -> float:
 
     def step() -> None:
         optimizer.zero_grad()
-        (-model.log_prob(batch).mean()).backward()
+        model.training_loss(batch).backward()
         optimizer.step()
 
     step()
@@ -157,23 +182,24 @@ def time_step(cell: Cell, model: Model, data: Data) -> float:
     return statistics.median(found)
 
 
-def train(cell: Cell, model: Model, data: Data, rate: float) -> tuple[int, float, str]:
+def train(cell: Cell, model: Model, data: Data) -> tuple[int, float, str]:
     """Train for the time of the cell.
 
     Returns:
         The steps, the lowest validation loss, and what went wrong; the model has the weights of the
         best checkpoint.
     """
-    step = time_step(cell, FLOWS[cell.flow].make(data.features), data)  # not the one to be trained
+    twin = FLOWS[cell.flow].make(data.features)  # which learns nothing from being timed
+    step = time_step(cell, twin, data)
     watched = DataLoader(TensorDataset(data.validation), batch_size=cell.kind.chunk)
     with torch.no_grad():
         batches = len(data.validation) / cell.kind.chunk
-        look = batches * seconds_of(lambda: model.log_prob(data.validation[: cell.kind.chunk]))
+        look = batches * seconds_of(lambda: twin.log_prob(data.validation[: cell.kind.chunk]))
     # validation at twice the solver's steps shall take no more than a tenth of the time
     looks = min(20.0, max(2.0, 0.1 * cell.seconds / (2 * look)))
-    objective = MaximumLikelihood(
+    objective = Training(
         model,
-        optimizer=lambda flow: make_optimizer(cell, rate, flow),
+        optimizer=lambda flow: make_optimizer(cell, cell.learning_rate, flow),
         minutes=cell.seconds / 60,
         seed=cell.seed,
     )
@@ -208,9 +234,9 @@ def time_samples(model: Model, features: int) -> tuple[float, int, Tensor, float
     """
     for count in (10, 100, 1000):
         z = torch.randn(count, features)
-        start = time.perf_counter()
+        start = time.process_time()
         samples = model.to_data(z)
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
         if seconds > ENOUGH:
             break
     error = float((model.to_noise(samples) - z).abs().max().nan_to_num(math.inf))
@@ -218,14 +244,16 @@ def time_samples(model: Model, features: int) -> tuple[float, int, Tensor, float
 
 
 def measure(cell: Cell, data: Data) -> tuple[Figures, dict[str, np.ndarray]]:
-    """Train a flow and judge it; also what the pictures need."""
-    architecture = FLOWS[cell.flow]
-    rate = cell.learning_rate or architecture.rates[data.features]
+    """Train a flow and judge it; also its loss on each test point, and what the pictures need."""
     torch.manual_seed(cell.seed)
-    model = architecture.make(data.features)
+    model = FLOWS[cell.flow].make(data.features)
     before = resident_memory()
-    steps, validation, failure = train(cell, model, data, rate)
+    steps, validation, failure = train(cell, model, data)
     memory = peak_memory() - before
+    if cell.trial:
+        rate = cell.learning_rate
+        trial = Figures(cell.data, cell.flow, cell.seed, cell.seconds, failure, rate)
+        return replace(trial, steps=steps, validation=validation), {}
     model = model.cpu().eval()
     torch.manual_seed(cell.seed)
     model.settle(data.validation[: cell.kind.chunk])
@@ -238,7 +266,7 @@ def measure(cell: Cell, data: Data) -> tuple[Figures, dict[str, np.ndarray]]:
     per_sample, timed_samples, samples, error = time_samples(model, data.features)
     drawn = pictures(model, data, samples)
     figures = Figures(
-        *(cell.data, cell.flow, cell.seed, cell.seconds, failure, rate),
+        *(cell.data, cell.flow, cell.seed, cell.seconds, failure, cell.learning_rate),
         parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         steps=steps,
         validation=validation,
@@ -252,7 +280,7 @@ def measure(cell: Cell, data: Data) -> tuple[Figures, dict[str, np.ndarray]]:
         round_trip_error=error,
         evaluations=evaluations,
     )
-    return figures, drawn
+    return figures, {"losses": loss.numpy(), **drawn}
 
 
 @torch.no_grad()
@@ -260,6 +288,8 @@ def pictures(model: Model, data: Data, samples: Tensor) -> dict[str, np.ndarray]
     """Samples, as grey levels where they are images, and the density of a toy on a grid."""
     if data.to_picture is not None:
         return {"samples": data.to_picture(samples[:10]).numpy()}
+    if data.toy is None:
+        return {}
     density = torch.cat([model.log_prob(part) for part in grid().split(1000)]).exp()
     return {"samples": samples.numpy(), "density": density.view(GRID, GRID).numpy()}
 
@@ -272,7 +302,7 @@ def grid() -> Tensor:
 
 
 def run_cell(cell: Cell, out: Path, data_dir: Path | None) -> None:
-    """What the process of a cell does: its file, whole, is the sign that it is done."""
+    """Train and judge: the file of a cell, whole, is the sign that it is done."""
     warnings.filterwarnings("ignore")
     with contextlib.redirect_stderr(StringIO()), contextlib.redirect_stdout(StringIO()):
         try:
@@ -287,12 +317,20 @@ def run_cell(cell: Cell, out: Path, data_dir: Path | None) -> None:
 
 def failed(cell: Cell, failure: str) -> Figures:
     """The figures of a cell that has none."""
-    return Figures(cell.data, cell.flow, cell.seed, cell.seconds, failure)
+    rate = cell.learning_rate
+    return Figures(cell.data, cell.flow, cell.seed, cell.seconds, failure, rate)
 
 
 def save(figures: Figures, cell: Cell, out: Path) -> None:
     """Write the file of a cell."""
     write_json(cell.path(out, ".json"), asdict(figures))
+
+
+def work(cell: Cell, out: Path, data_dir: Path | None, limit: float) -> None:
+    """What the process of a cell does: on one thread, and for so many seconds of the processor."""
+    torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(limit), resource.RLIM_INFINITY))
+    run_cell(cell, out, data_dir)
 
 
 def run_cells(cells: list[Cell], out: Path, data_dir: Path | None, console: Console) -> None:
@@ -305,12 +343,11 @@ def run_cells(cells: list[Cell], out: Path, data_dir: Path | None, console: Cons
         task = progress.add_task("cells", total=len(cells))
         for cell in cells:
             progress.update(task, description=f"{cell.data}, {cell.flow}, seed {cell.seed}")
-            process = context.Process(target=run_cell, args=(cell, out, data_dir), daemon=True)
+            limit = cell.seconds + PATIENCE
+            process = context.Process(target=work, args=(cell, out, data_dir, limit), daemon=True)
             process.start()
-            process.join(cell.seconds + PATIENCE)
-            if process.is_alive():
-                process.kill()
-                process.join()
+            process.join()
+            if process.exitcode == -signal.SIGXCPU:
                 late = f"not done {PATIENCE:g} s after its time of training"
                 save(failed(cell, late), cell, out)
             elif not cell.path(out, ".json").exists():
@@ -326,3 +363,9 @@ def read_figures(out: Path) -> list[Figures]:
     data, flows = list(DATA), list(FLOWS)
     known = [f for f in found if f.data in DATA and f.flow in FLOWS]
     return sorted(known, key=lambda f: (data.index(f.data), flows.index(f.flow), f.seed))
+
+
+def read_arrays(out: Path, data: str, flow: str, seed: int) -> dict[str, np.ndarray]:
+    """What a cell left beside its figures: losses and pictures; nothing if it did not come so far."""
+    path = Cell(data, flow, seed, 0, 0).path(out, ".npz")
+    return dict(np.load(path)) if path.exists() else {}

@@ -12,16 +12,10 @@ import numpy as np
 import torch
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from comparison_cells import GRID, SIDE, Cell, Figures, grid
+from comparison_cells import GRID, SIDE, Figures, grid, read_arrays
 from densities import Data
 from flows import FLOWS
 from nflows_mongeampere.examples.pictures import draw_rows, save_figure
-
-
-def load_pictures(out: Path, data: str, flow: str, seed: int) -> dict[str, np.ndarray] | None:
-    """What a cell left for the pictures, if anything."""
-    path = Cell(data, flow, seed, 0).path(out, ".npz")
-    return dict(np.load(path)) if path.exists() else None
 
 
 def label(flow: str) -> str:
@@ -45,9 +39,9 @@ def draw_toys(out: Path, data: dict[str, Data], figures: list[Figures], path: Pa
         density = each.toy.log_prob(grid()).exp().view(GRID, GRID).numpy()
         top = np.quantile(density, 0.995)
         truth = {"density": density, "samples": each.test[:1000].numpy()}
-        entries = [load_pictures(out, name, f, seeds.get((name, f), 0)) for f in flows]
+        entries = [read_arrays(out, name, f, seeds.get((name, f), 0)) for f in flows]
         for line, found in enumerate([truth, *entries]):
-            if found is None:
+            if not found:
                 continue
             left, right = axes[line, 2 * column : 2 * column + 2]
             box = (-SIDE, SIDE, -SIDE, SIDE)
@@ -66,8 +60,8 @@ def draw_images(out: Path, name: str, data: Data, figures: list[Figures], path: 
     rows = [("the data", data.to_picture(data.test[:10]))]
     for each in figures:
         title = label(each.flow)
-        found = load_pictures(out, name, each.flow, each.seed)
-        if each.data == name and found is not None and title not in dict(rows):
+        found = read_arrays(out, name, each.flow, each.seed)
+        if each.data == name and found and title not in dict(rows):
             rows.append((title, torch.from_numpy(found["samples"])))
     figure = plt.figure(figsize=(8, 0.66 * len(rows)), layout="constrained")
     draw_rows(figure, rows, math.isqrt(data.features), {"cmap": "gray_r", "vmin": 0, "vmax": 1})
