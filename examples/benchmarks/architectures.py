@@ -11,11 +11,12 @@ depend on what else the machine does, and several commands may run side by side.
 chooses the checkpoint, the test set is read once. A flow that fails in some way leaves a file that
 says so.
 
-With ``--tune`` every flow is trained once at each of four learning rates; those of the lowest
-validation losses go to ``learning_rates.csv``, which the comparison reads.
+With ``--tune`` every flow is trained once at each of four learning rates, and at a fifth where the
+best is at an end of these; those of the lowest validation losses go to ``learning_rates.csv``,
+which the comparison reads.
 
-The flows are in ``flows.py``, the data in ``densities.py`` and ``tables.py``, training and measuring
-in ``comparison_cells.py``, learning rates in ``comparison_rates.py``, the page in
+The flows are in ``flows.py``, the data in ``densities.py`` and ``tables.py``, training and
+measuring in ``comparison_cells.py``, learning rates in ``comparison_rates.py``, the page in
 ``comparison_report.py`` and ``comparison_pictures.py``.
 """
 
@@ -32,7 +33,7 @@ import typer
 from rich.console import Console
 
 from comparison_cells import KINDS, TOY, Cell, read_figures, run_cells
-from comparison_rates import CHOSEN, choose_rates, read_rates, trials
+from comparison_rates import CHOSEN, read_rates, trials, trials_beyond, write_rates
 from comparison_report import report
 from densities import DATA
 from flows import FLOWS
@@ -110,9 +111,7 @@ def main(
     ] = None,
     data_dir: Annotated[
         Path | None,
-        typer.Option(
-            help="MNIST's IDX files, downloaded if left out; or the archive of tables, which is not."
-        ),
+        typer.Option(help="MNIST's IDX files, downloaded if left out; the archive of the tables."),
     ] = None,
     learning_rate: Annotated[
         float | None, typer.Option(min=1e-6, help="Instead of those chosen by validation.")
@@ -142,12 +141,12 @@ def main(
     if overwrite:
         shutil.rmtree(out / "cells", ignore_errors=True)
     (out / "cells").mkdir(exist_ok=True)
-    waiting = [cell for cell in cells if not cell.path(out, ".json").exists()]
-    console.print(f"{len(cells)} cells, {len(cells) - len(waiting)} of them done before")
-    run_cells(waiting, out.resolve(), data_dir and data_dir.resolve(), console)
+    places = out.resolve(), data_dir and data_dir.resolve(), console
+    run_cells(cells, *places)
     if tune:
-        for note in choose_rates(read_figures(out), rates):
-            console.print(note)
+        run_cells(trials_beyond(read_figures(out)), *places)
+        for failure in write_rates(read_figures(out), rates):
+            console.print(failure)
         console.print(f"wrote {rates}")
     else:
         report(out, data_dir)

@@ -28,7 +28,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from densities import DATA, Data
 from flows import FLOWS, Model
-from tables import TABLES
 from nflows_mongeampere.examples.runs import peak_memory, resident_memory, write_json
 from nflows_mongeampere.files import write
 from nflows_mongeampere.training import (
@@ -39,6 +38,7 @@ from nflows_mongeampere.training import (
     fit,
     restore,
 )
+from tables import TABLES
 
 SIDE, GRID = 3.0, 120  # the pictures of toys: [-3, 3] squared, 120 by 120 points
 PATIENCE = 240.0  # seconds of the processor for what comes before and after the training
@@ -334,14 +334,16 @@ def work(cell: Cell, out: Path, data_dir: Path | None, limit: float) -> None:
 
 
 def run_cells(cells: list[Cell], out: Path, data_dir: Path | None, console: Console) -> None:
-    """One after the other, each in a process of its own, behind a progress bar."""
+    """One after the other, each in a process of its own; those that are done are left alone."""
+    waiting = [cell for cell in cells if not cell.path(out, ".json").exists()]
+    console.print(f"{len(cells)} cells, {len(cells) - len(waiting)} of them done before")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         ["nflows_mongeampere.training", "normflows", "torchdyn.core", "matplotlib.pyplot"]
     )
     with Progress(console=console, refresh_per_second=1) as progress:
-        task = progress.add_task("cells", total=len(cells))
-        for cell in cells:
+        task = progress.add_task("cells", total=len(waiting))
+        for cell in waiting:
             progress.update(task, description=f"{cell.data}, {cell.flow}, seed {cell.seed}")
             limit = cell.seconds + PATIENCE
             process = context.Process(target=work, args=(cell, out, data_dir, limit), daemon=True)
@@ -366,6 +368,6 @@ def read_figures(out: Path) -> list[Figures]:
 
 
 def read_arrays(out: Path, data: str, flow: str, seed: int) -> dict[str, np.ndarray]:
-    """What a cell left beside its figures: losses and pictures; nothing if it did not come so far."""
+    """What a cell left beside its figures, losses and pictures; nothing if it has no test."""
     path = Cell(data, flow, seed, 0, 0).path(out, ".npz")
     return dict(np.load(path)) if path.exists() else {}

@@ -148,7 +148,9 @@ class OTFlow(Nflows):
         with self.potential.recording() as rates:
             loss = super().training_loss(x)
         (flow,) = transports(self)
-        stages = torch.tensor(flow.integrator.method.b).repeat(flow.steps) * (flow.time / flow.steps)
+        stages = torch.tensor(flow.integrator.method.b).repeat(flow.steps) * (
+            flow.time / flow.steps
+        )
         costs = stages @ torch.stack(rates)
         return loss + torch.tensor(self.weights) @ costs
 

@@ -17,13 +17,13 @@ RANK = 10
 
 def antiderivative_of_tanh(x: Tensor) -> Tensor:
     r""":math:`\sigma(x) = \ln(e^x + e^{-x})`, without overflow."""
-    return x.abs() + F.softplus(-2 * x.abs())
+    return F.softplus(2 * x) - x
 
 
 class OTFlowPotential(Potential):
-    r"""A residual network and a quadratic form in :math:`s = (x, \tau)`, where :math:`\tau = 1 - t`.
+    r"""A residual network and a quadratic form in :math:`s = (x, \tau)`, :math:`\tau = 1 - t`.
 
-    .. math:: \Phi(s) = w^T N(s) + \tfrac12 s^T A^T A s + b^T s + c, \qquad u(x, t) = \Phi(x, 1 - t),
+    .. math:: u(x, t) = \Phi(s) = w^T N(s) + \tfrac12 s^T A^T A s + b^T s + c,
 
     with :math:`u_0 = \sigma(K_0 s + b_0)`, :math:`u_i = u_{i-1} + h\,\sigma(K_i u_{i-1} + b_i)`,
     :math:`N = u_M`, :math:`h = 1/M`. The published flow goes from data at :math:`\tau = 0` to noise
@@ -59,6 +59,10 @@ class OTFlowPotential(Potential):
         self.constant = nn.Parameter(torch.zeros(()))
         self._rates: list[Tensor] | None = None
 
+    @property
+    def _linear(self) -> list[nn.Linear]:
+        return list(self.network)  # type: ignore[arg-type]
+
     @contextmanager
     def recording(self) -> Iterator[list[Tensor]]:
         r"""Collect the mean rates of the penalties at each evaluation of the field, shape (2,).
@@ -79,7 +83,7 @@ class OTFlowPotential(Potential):
 
     def _value(self, x: Tensor, t: Time | None, context: Tensor | None) -> Tensor:
         s = self._space_time(x, t)
-        first, *rest = self.network
+        first, *rest = self._linear
         u = antiderivative_of_tanh(first(s))
         for layer in rest:
             u = u + antiderivative_of_tanh(layer(u)) / self.layers
@@ -96,13 +100,14 @@ class OTFlowPotential(Potential):
         self, x: Tensor, t: Time | None, context: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         s, h, size = self._space_time(x, t), 1 / self.layers, x.shape[1]
-        first, *rest = self.network
-        inner = first(s)
-        u, slopes = antiderivative_of_tanh(inner), [torch.tanh(inner)]  # σ'(z) = tanh z
-        for layer in rest:
+        first, *rest = self._linear
+        z = first(s)
+        u, slopes = antiderivative_of_tanh(z), [torch.tanh(z)]  # σ'(z) = tanh z
+        for i, layer in enumerate(rest, start=1):
             z = layer(u)
-            u = u + h * antiderivative_of_tanh(z)
             slopes.append(torch.tanh(z))
+            if i < self.layers:
+                u = u + h * antiderivative_of_tanh(z)
         v = [self.outer.expand_as(u)]  # v_M, v_{M-1}, ..., v_0
         for layer, slope in zip(reversed(rest), reversed(slopes), strict=False):
             v.append(v[-1] + h * (slope * v[-1]) @ layer.weight)

@@ -27,8 +27,8 @@ import typer
 from rich.console import Console
 from torch import Tensor
 
-from benchmark_report import Section, environment, write_report
 import flows
+from benchmark_report import Section, environment, write_report
 from flows import FLOWS, Model
 from nflows_mongeampere.models import transports
 from paired_timing import Timings, Track, interleave, progress_bars

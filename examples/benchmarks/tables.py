@@ -2,8 +2,8 @@
 
 Five are the standard ones (Papamakarios et al., `arXiv:1705.07057
 <https://arxiv.org/abs/1705.07057>`_), prepared as there, from the folder that the archive of
-`doi:10.5281/zenodo.1161203 <https://doi.org/10.5281/zenodo.1161203>`_ unpacks to. Two more come with
-packages of the extra "tables". Figures are in nats for each row, in the prepared units.
+`doi:10.5281/zenodo.1161203 <https://doi.org/10.5281/zenodo.1161203>`_ unpacks to. Two more come
+with packages of the extra "tables". Figures are in nats for each row, in the prepared units.
 
 To add a table, add a line to :data:`TABLES`.
 """
@@ -50,8 +50,8 @@ def archived(data_dir: Path | None, name: str, file: str) -> Path:
     path = data_dir / file
     if not path.is_file():
         raise ValueError(
-            f"--data-dir: there is no {file} in {data_dir}, expected for {name}; unpack the archive "
-            "of doi.org/10.5281/zenodo.1161203 and name its folder data"
+            f"--data-dir: there is no {file} in {data_dir}, expected for {name}; unpack the "
+            "archive of doi.org/10.5281/zenodo.1161203 and name its folder data"
         )
     return path
 
@@ -81,7 +81,7 @@ def standardised(parts: Parts) -> Parts:
 def power(data_dir: Path | None) -> Parts:
     """Consumption of a household: 6 columns, dequantised, with the time of day."""
     rows = np.load(archived(data_dir, "power", "power/data.npy"))
-    random = np.random.RandomState(42)  # noqa: NPY002 - the generator of the published figures
+    random = np.random.RandomState(42)
     random.shuffle(rows)
     rows = np.delete(rows, [1, 3], axis=1)
     count = len(rows)
@@ -162,8 +162,8 @@ class Dequantised:
 def diamonds(data_dir: Path | None) -> Parts:
     """Prices and shapes of diamonds, from pydataset: 6 columns, 53,930 rows.
 
-    Weight (0.01 carat), depth (0.1 %), table (1 %), price (a dollar), length and width (0.01 mm) get
-    noise of their units; weight, price, length and width go to logarithms. The height is left out,
+    Weight (0.01 carat), depth (0.1 %), table (1 %), price (a dollar), length and width (0.01 mm)
+    get noise of their units; weight, price, length and width go to logarithms. The height is left out,
     from which the depth was computed, and rows without a true length or width.
     """
     path = shipped("pydataset", "diamonds") / "resources.tar.gz"
