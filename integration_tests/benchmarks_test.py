@@ -88,6 +88,9 @@ def shaken(name: str) -> flows.Model:
         for parameter in model.parameters():
             if parameter.requires_grad and parameter.abs().max() == 0:
                 parameter.normal_(std=0.02)
+        if isinstance(model, flows.OTFlow):  # which starts far from it
+            for parameter in (model.potential.outer, model.potential.root):
+                parameter.mul_(0.1)
     model.train().log_prob(torch.randn(64, 2))  # what adapts to its first batch has done so
     return model.eval()
 
@@ -159,47 +162,41 @@ def test_ot_flow_has_the_published_value_and_its_derivatives(layers):
     torch.testing.assert_close(potential(x, t), value)
 
 
+@torch.no_grad()
 def test_ot_flow_pays_for_transport_and_for_what_breaks_its_equation():
-    r"""By the mean over a fine grid of times on paths that are solved to them."""
+    """By sums over a grid of times on the paths."""
     torch.manual_seed(0)
-    model = flows.OTFlow(2, 8, steps=64, transport=0.3, residual=0.7).double()
+    model = flows.OTFlow(2, 8, steps=32, transport=0.3, residual=0.7).double()
     x = torch.randn(6, 2, dtype=torch.float64)
-    times = torch.linspace(1, 0, 401, dtype=torch.float64)
+    times = torch.linspace(1, 0, 65, dtype=torch.float64)
     (transform,) = transports(model)
-    kinetic, residual = [], []
+    potential, kinetic, residual = model.potential, [], []
     for t, points in zip(times, transform.trajectory(x, times).points, strict=True):
-        moment = t.clone().requires_grad_()
-        value = model.potential(points, moment).sum()
-        speed = model.potential.gradient(points, t).square().sum(1) / 2
+        speed = potential.gradient(points, t).square().sum(1) / 2
+        change = potential(points, t - 1e-5) - potential(points, t + 1e-5)  # τ = 1 - t
         kinetic.append(speed.mean())
-        slopes = [  # ∂Φ/∂τ = -∂u/∂t
-            -torch.autograd.functional.jvp(
-                lambda t, row=row: model.potential(row[None], t)[0], t, torch.ones_like(t)
-            )[1]
-            for row in points
-        ]
-        residual.append((torch.stack(slopes) - speed).abs().mean())
-        assert value.isfinite()
-    costs = [torch.trapezoid(torch.stack(rates).detach(), -times) for rates in (kinetic, residual)]
+        residual.append((change / 2e-5 - speed).abs().mean())
+    costs = [float(torch.trapezoid(torch.stack(each), -times)) for each in (kinetic, residual)]
     expected = -model.log_prob(x).mean() + 0.3 * costs[0] + 0.7 * costs[1]
-    torch.testing.assert_close(model.training_loss(x), expected, rtol=1e-4, atol=0)
+    assert min(costs) > 0.1
+    torch.testing.assert_close(model.training_loss(x), expected, rtol=1e-3, atol=0)
 
 
 def test_linear_layer_widens_narrow_data():
     """What coupling layers of nflows cannot: their scales are at most 1.001."""
-    narrow = 0.01 * torch.randn(500, 2)
+    narrow = 0.25 * torch.randn(500, 2)
     losses = {}
     for name, build in (("bare", flows.realnvp), ("behind", flows.behind_linear(flows.realnvp))):
         torch.manual_seed(0)
         model = build(2, 8)
-        optimizer = torch.optim.Adam(model.parameters(), lr=3e-2)
-        for _ in range(150):
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+        for _ in range(60):
             optimizer.zero_grad()
             model.training_loss(narrow).backward()
             optimizer.step()
-        losses[name] = float(-model.log_prob(narrow).mean())
-    entropy = 1 + math.log(2 * math.pi) + 2 * math.log(0.01)
-    assert losses["behind"] < entropy + 1 < losses["bare"]
+        losses[name] = model.training_loss(narrow).item()
+    entropy = 1 + math.log(2 * math.pi) + 2 * math.log(0.25)
+    assert losses["behind"] < entropy + 0.5 < entropy + 1.5 < losses["bare"]
 
 
 # data

@@ -148,8 +148,8 @@ class OTFlow(Nflows):
         with self.potential.recording() as rates:
             loss = super().training_loss(x)
         steps = len(rates) // 4
-        stages = torch.tensor([1 / 6, 1 / 3, 1 / 3, 1 / 6]).repeat(steps) / steps
-        return loss + torch.tensor(self.weights) @ (stages @ torch.stack(rates))
+        stages = loss.new_tensor([1 / 6, 1 / 3, 1 / 3, 1 / 6]).repeat(steps) / steps
+        return loss + loss.new_tensor(self.weights) @ (stages @ torch.stack(rates))
 
 
 class Normflows(Model):

