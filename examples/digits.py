@@ -3,8 +3,9 @@
 The data are scikit-learn's 8x8 digits, 1797 images of 64 pixels with 17 grey levels, dequantised by
 uniform noise. The same pipeline, pixels -> logits -> nflows' own linear transform -> flow ->
 standard normal, is trained by maximum likelihood with a Monge-Ampère flow, a neural spline flow, a
-masked autoregressive flow and a RealNVP, each for the same wall-clock time; the validation set chooses the checkpoint and
-the test set is read once. Without a flow the pipeline is a full-covariance Gaussian on the logits.
+masked autoregressive flow and a RealNVP, each for the same wall-clock time; the validation set
+chooses the checkpoint and the test set is read once. Without a flow the pipeline is a
+full-covariance Gaussian on the logits.
 
     python examples/digits.py --out runs/digits --seconds 50 --seed 0
 """

@@ -35,7 +35,7 @@ def observed(flow: nn.Module, note: Note) -> Iterator[None]:
     try:
         yield
     finally:
-        for attributes, name, original in replaced:
+        for attributes, name, original in reversed(replaced):  # a layer may have several places
             del attributes[name]
             if original is not None:
                 attributes[name] = original

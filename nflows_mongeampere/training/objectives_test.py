@@ -425,3 +425,13 @@ def test_a_random_laplacian_is_the_same_in_both_solves():
     with pytest.raises(ValueError, match=r"flow: the Laplacian of _transform.potential .*'exact'"):
         ReverseKL(flow, Normal(), path_gradient=True, steps=1)
     assert ReverseKL(flow, Normal(), steps=1).loss(None).isfinite()  # unbiased
+
+
+def test_a_layer_in_several_places_is_left_as_it_was():
+    shared = torch.nn.Linear(2, 2)
+    model = torch.nn.Sequential(torch.nn.Sequential(shared), torch.nn.Sequential(shared))
+    seen = []
+    with observed(model, lambda place, *_: seen.append(place)):
+        model(torch.zeros(1, 2))
+    assert {"0.0", "1.0"} <= set(seen)
+    assert "forward" not in vars(shared)
