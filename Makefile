@@ -15,7 +15,7 @@ export PATH := $(subst $(CURDIR)/$(BIN):,,$(PATH))
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(READY) ## train flows on handwritten digits, compare and draw them (3 minutes)
+demo: $(READY) ## train flows on handwritten digits, compare and draw them (4 minutes)
 	$(BIN)/python examples/digits.py --out runs/digits
 
 test: $(READY) ## run the tests with branch coverage, one process for each core (4 minutes)
