@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from nflows_mongeampere.accuracy import AccuracyWarning, ErrorEstimate, StepChoice
 from nflows_mongeampere.costs import TransportCosts
+from nflows_mongeampere.coupling import MongeAmpereCouplingTransform
 from nflows_mongeampere.groups import Group
 from nflows_mongeampere.integration import IntegrationError, Integrator
 from nflows_mongeampere.models import refined, transport_costs
@@ -33,6 +34,7 @@ __all__ = [
     "Group",
     "IntegrationError",
     "Integrator",
+    "MongeAmpereCouplingTransform",
     "MongeAmpereFlow",
     "MongeAmpereTransform",
     "Potential",

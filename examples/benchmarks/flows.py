@@ -31,6 +31,8 @@ from torch import Tensor, nn
 
 from nflows_mongeampere import (
     AutogradPotential,
+    DeepPotential,
+    MongeAmpereCouplingTransform,
     MongeAmpereTransform,
     RidgePotential,
 )
@@ -299,6 +301,34 @@ def ridge(features: int, hidden: int, *, transforms: int = 1, moving: bool = Fal
     return Nflows(features, *flows)
 
 
+def deep(features: int, hidden: int) -> Nflows:
+    """A Monge-Ampère flow with a potential of three hidden layers."""
+    return Nflows(features, MongeAmpereTransform(DeepPotential(features, [hidden] * 3), steps=4))
+
+
+def coupling(features: int, hidden: int) -> Nflows:
+    """Coupling layers that move half of the features in ridges which a network draws from the rest.
+
+    The network is small and forgets half of its units, because it is what learns by heart.
+    """
+    width = 64
+
+    def network(passing: int, outputs: int) -> nn.Module:
+        inner = (nn.Linear(passing, width), nn.SiLU(), nn.Dropout(0.5))
+        return nn.Sequential(*inner, nn.Linear(width, outputs), nn.SiLU())
+
+    layers = []
+    for i in range(4):
+        mask = (torch.arange(features) // 2 ** (i // 2) % 2 == i % 2).int()
+        moving = int(mask.sum())
+        potential = RidgePotential(moving, hidden, context_features=width)
+        with torch.no_grad():
+            axes = min(moving, hidden)
+            potential.weight[:axes] = torch.eye(moving)[:axes]
+        layers.append(MongeAmpereCouplingTransform(mask, network, potential, steps=2))
+    return Nflows(features, *layers)
+
+
 class Potential(nn.Module):
     r"""A small network :math:`u(x, t)`, which starts at zero."""
 
@@ -450,15 +480,17 @@ class Architecture:
         build: makes it from the number of features and the width of its hidden layers.
         widths: of the hidden layers, for data of up to so many features; beyond, the flow cannot be
             trained within minutes.
+        least: the fewest features that it is meant for.
     """
 
     title: str
     build: Callable[[int, int], Model]
     widths: Mapping[int, int]
+    least: int = 1
 
     def fits(self, features: int) -> bool:
         """Whether it can be trained on data of so many features."""
-        return features <= max(self.widths)
+        return self.least <= features <= max(self.widths)
 
     def make(self, features: int) -> Model:
         """The flow at the size of the comparison."""
@@ -473,6 +505,10 @@ FLOWS = {
     "ridge": Architecture("Monge-Ampère", ridge, RIDGES),
     "moving": Architecture("Monge-Ampère, time-dependent", partial(ridge, moving=True), RIDGES),
     "stacked": Architecture("Monge-Ampère, two in a row", partial(ridge, transforms=2), RIDGES),
+    "deep": Architecture("Monge-Ampère, deep", deep, {8: 32}),
+    "coupling": Architecture(
+        "Monge-Ampère coupling", behind_linear(coupling), {64: 128, 784: 512}, least=4
+    ),
     "network": Architecture("Monge-Ampère, network", network, NETWORKS),
     "ot-flow": Architecture("OT-Flow", ot_flow, {2: 32, 64: 64}),
     "realnvp": Architecture("nflows RealNVP", behind_linear(realnvp), NETWORKS),
