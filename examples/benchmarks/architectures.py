@@ -131,7 +131,7 @@ def main(
         # so that what is missing is told before hours of work
         sizes = {name: DATA[name](data_dir).features for name in chosen}
         for name in flows:
-            FLOWS[name].make(2)
+            FLOWS[name].make(max(2, FLOWS[name].least))
         if tune:
             cells = plan_trials(sizes, flows, seconds)
         else:
