@@ -4,13 +4,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
+RELEASE := .venv-release
 READY := $(VENV)/ready
 
 # where .venv is activated, python3 would be the one that is about to be replaced
 export PATH := $(subst $(CURDIR)/$(BIN):,,$(PATH))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long test-all test-versions mutants lint types format docs benchmark clean
+.PHONY: help demo test test-long test-all test-versions mutants lint types format docs release-check benchmark \
+    clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,11 +55,21 @@ format: $(READY) ## mend style
 docs: $(READY) ## run the notebooks, build the documentation into runs/site, warnings as errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
+release-check: $(READY) ## build sdist and wheel, see what they hold, run the README on the wheel alone
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python -m pytest -m long integration_tests/package_test.py
+	@echo "Installing the wheel into $(RELEASE): about 3 minutes and 5 GB."
+	$(PYTHON) -m venv --clear --without-pip $(RELEASE)
+	$(PYTHON) -m pip --python $(RELEASE)/bin/python install dist/*.whl
+	OMP_NUM_THREADS=1 $(RELEASE)/bin/python -I integration_tests/readme_alone.py
+
 benchmark: $(READY) ## measure speed and memory on an idle machine (6 to 15 minutes)
 	$(BIN)/python examples/benchmarks/speed.py --out runs/benchmarks
 
 clean: ## remove the environment and everything that was made
-	rm -rf $(VENV) $(OLDEST) mutants .coverage runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(RELEASE) mutants .coverage runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # Written last, so that an interrupted installation is taken up again. Its Python is asked where the
 # package was installed from, so that an environment that was moved or whose Python has gone is made

@@ -73,4 +73,4 @@ def test_a_missing_package_names_the_extra(script, missing):
     run = run_without(missing, script)
     assert run.returncode == 1
     assert run.stderr.startswith(tuple(f"{module}: " for module in missing)), run.stderr
-    assert run.stderr.endswith('pip install ".[examples]"\n')
+    assert run.stderr.endswith('pip install --editable ".[examples]"\n')

@@ -18,7 +18,7 @@ def explain(
         sys.stderr.write(
             f"{package}: this package is not installed; the examples and benchmarks need it. "
             'Install the extra "examples", in the root of the repository: '
-            'pip install ".[examples]"\n'
+            'pip install --editable ".[examples]"\n'
         )
     else:
         sys.__excepthook__(kind, error, traceback)
