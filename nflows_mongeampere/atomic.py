@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from pathlib import Path
 
 
@@ -13,7 +14,8 @@ def write(path: str | Path, content: str | bytes) -> None:
         content: text, in UTF-8, or bytes.
     """
     target = Path(path)
-    partial = target.with_name(target.name + ".partial")
+    # a name of its own: two may write at once, and the target's may be as long as names can be
+    partial = target.with_name(f".{secrets.token_hex(8)}.partial")
     try:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
         partial.replace(target)

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -225,6 +226,28 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         files.save(MongeAmpereFlow(3, 4), path)
     assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "é" * 127])
+def test_the_longest_names_there_are(name, tmp_path):
+    files.save(MongeAmpereFlow(3, 4), tmp_path / name)
+    assert isinstance(files.load(tmp_path / name), MongeAmpereFlow)
+    assert list(tmp_path.iterdir()) == [tmp_path / name]
+
+
+def test_two_that_write_at_once_do_not_mix(tmp_path, monkeypatch):
+    path, replace = tmp_path / "flow", Path.replace
+
+    def interrupted(partial, target):
+        monkeypatch.setattr("pathlib.Path.replace", replace)
+        files.write(path, "second")
+        assert path.read_text() == "second"
+        return replace(partial, target)
+
+    monkeypatch.setattr("pathlib.Path.replace", interrupted)
+    files.write(path, "first")
+    assert path.read_text() == "first"
     assert list(tmp_path.iterdir()) == [path]
 
 
