@@ -1,13 +1,15 @@
-"""Simulation-based inference with sbi: a Monge-Ampère flow as the posterior.
+"""Simulation-based inference with sbi: a Monge-Ampère flow as the posterior or the likelihood.
 
-sbi's ``NPE`` learns q(θ | x) from simulated pairs (θ, x). Its density estimators are flows of
-nflows in an ``NFlowsFlow``, and the function ``monge_ampere`` below makes a Monge-Ampère flow one.
-It is trained beside sbi's default, a masked autoregressive flow, and its neural spline flow, each
-as sbi configures it, on the same simulations, until sbi finds it converged. Both tasks are standard
-ones with exact samples of the posterior to compare with. C2ST is the accuracy of sbi's classifier
-that is to tell these from samples of the estimator: 0.5 where it cannot, 1 where it always can.
+From simulated pairs (θ, x), sbi's ``NPE`` learns the posterior q(θ | x), its ``NLE`` the likelihood
+q(x | θ). Their density estimators are flows of nflows in an ``NFlowsFlow``, and the function
+``monge_ampere`` below makes a Monge-Ampère flow one. It is trained beside sbi's default, a masked
+autoregressive flow, and its neural spline flow, each as sbi configures it, on the same simulations,
+until sbi finds it converged. The tasks are standard ones with exact samples of the posterior to
+compare with. C2ST is the accuracy of sbi's classifier that is to tell these from samples of the
+estimator: 0.5 where it cannot, 1 where it always can.
 
     python examples/inference.py --task two-moons --simulations 2000 --seeds 3 --out runs/inference
+    python examples/inference.py --task linear-gaussian --method nle --seeds 3 --out runs/likelihood
 """
 
 from __future__ import annotations
@@ -33,9 +35,10 @@ from nflows.flows import Flow
 from nflows.transforms import CompositeTransform
 from rich.console import Console
 from rich.table import Table
-from sbi.inference import NPE
+from sbi.inference import NLE, NPE
 from sbi.neural_nets.estimators import NFlowsFlow
 from sbi.simulators.gaussian_mixture import gaussian_mixture
+from sbi.simulators.linear_gaussian import linear_gaussian
 from sbi.utils import BoxUniform
 from sbi.utils.metrics import c2st
 from sbi.utils.sbiutils import standardizing_net, standardizing_transform
@@ -49,6 +52,7 @@ from nflows_mongeampere.examples.runs import write_results
 
 SAMPLES = 1000  # of each posterior
 SHOWN = 2  # observations in the picture
+NOISE = torch.tensor([[0.5, 0.3], [0.3, 0.4]])  # the covariance of the linear Gaussian's
 console = Console()
 
 
@@ -108,21 +112,37 @@ def propose_gaussian_mixture(x: Tensor, count: int) -> Tensor:
     return x + width[:, None] * torch.randn(count, 2)
 
 
+def propose_linear_gaussian(x: Tensor, count: int) -> Tensor:
+    """θ and x differ by the noise, which is symmetric."""
+    return linear_gaussian(x.expand(count, 2), torch.zeros(2), NOISE)
+
+
 class Task(str, Enum):
     """The tasks, by the names of the command line."""
 
     two_moons = "two-moons"
     gaussian_mixture = "gaussian-mixture"
+    linear_gaussian = "linear-gaussian"
+
+
+class Method(str, Enum):
+    """What is learned: the posterior q(θ | x) or the likelihood q(x | θ)."""
+
+    npe = "npe"
+    nle = "nle"
 
 
 PROBLEMS = {
     Task.two_moons: Problem(1.0, two_moons, propose_two_moons),
     Task.gaussian_mixture: Problem(10.0, gaussian_mixture, propose_gaussian_mixture),
+    Task.linear_gaussian: Problem(
+        3.0, lambda theta: linear_gaussian(theta, torch.zeros(2), NOISE), propose_linear_gaussian
+    ),
 }
 
 
 def monge_ampere(theta: Tensor, x: Tensor) -> NFlowsFlow:
-    """What sbi needs to build the estimator: θ and x standardised, x as the context.
+    """What NPE needs to build the estimator: θ and x standardised, x as the context.
 
     Args:
         theta: parameters of the simulations, shape (N, D).
@@ -139,6 +159,11 @@ def monge_ampere(theta: Tensor, x: Tensor) -> NFlowsFlow:
     return NFlowsFlow(flow, input_shape=theta[0].shape, condition_shape=x[0].shape)
 
 
+def monge_ampere_likelihood(theta: Tensor, x: Tensor) -> NFlowsFlow:
+    """What NLE needs: the same with the two exchanged, a density of x given θ."""
+    return monge_ampere(x, theta)
+
+
 @dataclass(frozen=True)
 class Entry:
     """An estimator, by sbi's name or by a function that builds it, and how fast it learns."""
@@ -148,20 +173,31 @@ class Entry:
     learning_rate: float = 5e-4  # sbi's default
 
 
-ESTIMATORS = (
-    Entry("Monge-Ampère", monge_ampere, learning_rate=1e-2),
-    Entry("MAF, sbi's default", "maf"),
-    Entry("NSF of sbi", "nsf"),
-)
+SBI = (Entry("MAF, sbi's default", "maf"), Entry("NSF of sbi", "nsf"))
+ESTIMATORS = {
+    Method.npe: (Entry("Monge-Ampère", monge_ampere, learning_rate=1e-2), *SBI),
+    Method.nle: (Entry("Monge-Ampère", monge_ampere_likelihood, learning_rate=1e-2), *SBI),
+}
+TRAINERS: dict[Method, Any] = {Method.npe: NPE, Method.nle: NLE}
+# A posterior of NPE is sampled directly; with a likelihood, proposals from the prior are rejected,
+# whose samples are independent and exact.
+SAMPLING: dict[Method, dict[str, Any]] = {Method.npe: {}, Method.nle: {"sample_with": "rejection"}}
 
 
-def train(entry: Entry, problem: Problem, theta: Tensor, x: Tensor, epochs: int) -> NPE:
-    """The training of sbi, which stops when its validation loss has not fallen for 20 epochs."""
+def train(
+    method: Method, entry: Entry, problem: Problem, theta: Tensor, x: Tensor, epochs: int
+) -> tuple[Any, Any]:
+    """The training of sbi, which stops when its validation loss has not fallen for 20 epochs.
+
+    Returns:
+        sbi's trainer, and the estimator that it trained.
+    """
     with tempfile.TemporaryDirectory() as folder, SummaryWriter(folder) as writer:
-        inference = NPE(problem.prior, entry.build, tracker=TensorBoardTracker(writer))
+        tracker = TensorBoardTracker(writer)
+        inference = TRAINERS[method](problem.prior, entry.build, tracker=tracker)
         inference.append_simulations(theta, x)
-        inference.train(learning_rate=entry.learning_rate, max_num_epochs=epochs)
-    return inference
+        estimator = inference.train(learning_rate=entry.learning_rate, max_num_epochs=epochs)
+    return inference, estimator
 
 
 @dataclass(frozen=True)
@@ -174,7 +210,7 @@ class Score:
         parameters: how many are trained.
         epochs: until it converged.
         seconds: of training.
-        nll: mean of -ln q(θ | x) over new simulations, in nats.
+        nll: mean of -ln q(θ | x), or -ln q(x | θ), over new simulations, in nats.
         nll_double_steps: the same at twice the integration steps; None for other flows.
         c2st: against exact samples, for each observation.
     """
@@ -190,20 +226,22 @@ class Score:
 
 
 @torch.no_grad()
-def test_losses(estimator: NFlowsFlow, theta: Tensor, x: Tensor) -> tuple[float, float | None]:
-    """The mean of -ln q(θ | x), and the same at twice the integration steps."""
-    loss = estimator.loss(theta, x).mean().item()
+def test_losses(
+    estimator: NFlowsFlow, inputs: Tensor, condition: Tensor
+) -> tuple[float, float | None]:
+    """The mean of -ln q(inputs | condition), and the same at twice the integration steps."""
+    loss = estimator.loss(inputs, condition).mean().item()
     if not any(isinstance(module, MongeAmpereTransform) for module in estimator.modules()):
         return loss, None
     with refined(estimator):
-        return loss, estimator.loss(theta, x).mean().item()
+        return loss, estimator.loss(inputs, condition).mean().item()
 
 
 def table(scores: list[Score], floor: list[float], title: str) -> Table:
     """Means over seeds and observations, ± the standard deviation over both."""
     result = Table(title=title)
-    for column in ("posterior", "parameters", "C2ST", "NLL (nats)", "at twice the steps"):
-        result.add_column(column, justify="left" if column == "posterior" else "right")
+    for column in ("estimator", "parameters", "C2ST", "NLL (nats)", "at twice the steps"):
+        result.add_column(column, justify="left" if column == "estimator" else "right")
     for name in dict.fromkeys(s.name for s in scores):
         rows = [s for s in scores if s.name == name]
         double = [s.nll_double_steps for s in rows if s.nll_double_steps is not None]
@@ -249,6 +287,7 @@ def main(
         "runs/inference"
     ),
     task: Annotated[Task, typer.Option(help="What is inferred.")] = Task.two_moons,
+    method: Annotated[Method, typer.Option(help="Posterior or likelihood.")] = Method.npe,
     simulations: Annotated[int, typer.Option(min=100, help="Pairs to learn from.")] = 2000,
     observations: Annotated[int, typer.Option(min=1, help="Posteriors to check.")] = 5,
     seeds: Annotated[int, typer.Option(min=1, help="Trainings of each estimator.")] = 3,
@@ -266,25 +305,25 @@ def main(
     ]
     test_theta = problem.prior.sample((SAMPLES,))
     test_x = problem.simulate(test_theta)
+    pairs = (test_theta, test_x) if method is Method.npe else (test_x, test_theta)
     shown = {"exact": exact[:SHOWN]}
     scores = []
     for seed in range(seeds):
         torch.manual_seed(seed)
         theta = problem.prior.sample((simulations,))
         x = problem.simulate(theta)
-        for entry in ESTIMATORS:
+        for entry in ESTIMATORS[method]:
             console.print(f"{entry.name}, seed {seed} of {seeds}")
             torch.manual_seed(seed)
             start = time.monotonic()
-            inference = train(entry, problem, theta, x, epochs)
+            inference, estimator = train(method, entry, problem, theta, x, epochs)
             seconds = time.monotonic() - start
-            posterior = inference.build_posterior()
+            posterior = inference.build_posterior(**SAMPLING[method])
             samples = [
                 posterior.sample((SAMPLES,), x=o, show_progress_bars=False) for o in observed
             ]
             shown.setdefault(entry.name, samples[:SHOWN])
-            estimator: Any = posterior.posterior_estimator
-            nll, double = test_losses(estimator, test_theta, test_x)
+            nll, double = test_losses(estimator, *pairs)
             scores.append(
                 Score(
                     name=entry.name,
@@ -300,12 +339,14 @@ def main(
     draw(shown, observed[:SHOWN], out / "inference.png")
     write_results(
         out,
-        f"python examples/inference.py --task {task.value} --simulations {simulations} "
+        f"python examples/inference.py --task {task.value} --method {method.value} "
+        f"--simulations {simulations} "
         f"--observations {observations} --seeds {seeds} --epochs {epochs}",
         c2st_exact=floor,
         scores=[asdict(s) for s in scores],
     )
-    console.print(table(scores, floor, f"{task.value}, {simulations} simulations, {seeds} seeds"))
+    title = f"{task.value}, {method.value}, {simulations} simulations, {seeds} seeds"
+    console.print(table(scores, floor, title))
     console.print(f"picture: {out / 'inference.png'}    numbers: {out / 'results.json'}")
 
 
