@@ -114,7 +114,8 @@ def propose_gaussian_mixture(x: Tensor, count: int) -> Tensor:
 
 def propose_linear_gaussian(x: Tensor, count: int) -> Tensor:
     """θ and x differ by the noise, which is symmetric."""
-    return linear_gaussian(x.expand(count, 2), torch.zeros(2), NOISE)
+    theta: Tensor = linear_gaussian(x.expand(count, 2), torch.zeros(2), NOISE)
+    return theta
 
 
 class Task(str, Enum):
