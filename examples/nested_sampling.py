@@ -140,6 +140,7 @@ def sample(flow: str, live: int, seed: int) -> Run:
             resume=False,
             plot=False,
             pytorch_threads=torch.get_num_threads(),
+            signal_handling=False,
             **FLOWS[flow],
         )
         sampler.run(plot=False, save=False)

@@ -76,6 +76,18 @@ class AutogradPotential(Potential):
         self.laplacian_method = validation.choice("laplacian", laplacian, ("exact", "hutchinson"))
         self.probe = validation.choice("probe", probe, ("rademacher", "gaussian"))
         accepted = inspect.signature(module.forward).parameters
+        unknown = [
+            name
+            for name, parameter in list(accepted.items())[1:]
+            if parameter.default is parameter.empty
+            and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+            and name not in ("t", "context")
+        ]
+        if unknown:
+            raise TypeError(
+                f"module: got a forward({', '.join(accepted)}), which needs {', '.join(unknown)}; "
+                "expected forward(x), besides x at most a time named t and a context named context"
+            )
         self.time_dependent = "t" in accepted
         self._context = accepted.get("context")
 

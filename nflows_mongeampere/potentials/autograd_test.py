@@ -223,3 +223,13 @@ def test_layers_that_do_no_harm_pass_in_silence():
         warnings.simplefilter("error")
         layers = nn.Linear(2, 4), nn.Dropout(0.0), nn.LayerNorm(4), nn.Softplus(), nn.Flatten(0)
         AutogradPotential(nn.Sequential(*layers))
+
+
+def test_time_and_context_go_by_their_names():
+    class Foreign(torch.nn.Module):
+        def forward(self, x, t, c, scale=1.0):
+            return scale * (x.sum(1) + t * c.sum(1))
+
+    message = r"module: got a forward\(x, t, c, scale\), which needs c; expected forward\(x\)"
+    with pytest.raises(TypeError, match=message):
+        AutogradPotential(Foreign())
