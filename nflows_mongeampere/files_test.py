@@ -128,7 +128,7 @@ def test_file_holds_tensors_and_plain_data_alone(tmp_path):
 @pytest.mark.parametrize(
     ("part", "message"),
     [
-        (lambda: AutogradPotential(nn.Bilinear(3, 3, 1)), r"module is a .*Bilinear"),
+        (lambda: AutogradPotential(nn.LayerNorm(2)), r"module is a .*LayerNorm"),
         (lambda: MongeAmpereFlow(3, 4, embedding_net=nn.Sequential(nn.GELU())), r"net.*0\].*GELU"),
         (lambda: nn.Linear, "flow: got <class"),
         (lambda: nn.GELU(), "flow: GELU is a"),
