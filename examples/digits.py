@@ -2,9 +2,9 @@
 
 The data are scikit-learn's 8x8 digits, 1797 images of 64 pixels with 17 grey levels, dequantised by
 uniform noise. The same pipeline, pixels -> logits -> nflows' own linear transform -> flow ->
-standard normal, is trained by maximum likelihood with a Monge-Ampère flow, a neural spline flow, a
-masked autoregressive flow and a RealNVP, each for the same wall-clock time; the validation set
-chooses the checkpoint and the test set is read once. Without a flow the pipeline is a
+standard normal, is trained by maximum likelihood with a Monge-Ampère flow, coupling layers of them,
+a neural spline flow and a RealNVP, each for the same wall-clock time; the validation set chooses
+the checkpoint and the test set is read once. Without a flow the pipeline is a
 full-covariance Gaussian on the logits.
 
     python examples/digits.py --out runs/digits --seconds 50 --seed 0
@@ -26,7 +26,7 @@ import matplotlib.pyplot as plt
 import torch
 import typer
 from nflows.distributions import StandardNormal
-from nflows.flows import Flow, MaskedAutoregressiveFlow, SimpleRealNVP
+from nflows.flows import Flow, SimpleRealNVP
 from nflows.nn.nets import ResidualNet
 from nflows.transforms import (
     CompositeTransform,
@@ -43,7 +43,12 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from nflows_mongeampere import MongeAmpereTransform, RidgePotential, refined
+from nflows_mongeampere import (
+    MongeAmpereCouplingTransform,
+    MongeAmpereTransform,
+    RidgePotential,
+    refined,
+)
 from nflows_mongeampere.examples.images import Images, dequantise, whitening
 from nflows_mongeampere.examples.pictures import draw_rows, save_figure
 from nflows_mongeampere.examples.runs import write_results
@@ -65,6 +70,25 @@ class Entry:
     make: Callable[[], Transform]
     learning_rate: float
     weight_decay: float
+
+
+def couplings() -> Transform:
+    """Half of the pixels flow in ridges that a small network draws from the other half, in turns."""
+    width = 64
+
+    def network(passing: int, outputs: int) -> nn.Module:
+        inner = (nn.Linear(passing, width), nn.SiLU(), nn.Dropout(0.5))
+        return nn.Sequential(*inner, nn.Linear(width, outputs), nn.SiLU())
+
+    layers = []
+    for i in range(4):
+        # every other column, then every other row
+        place = torch.arange(FEATURES) % SIDE if i < 2 else torch.arange(FEATURES) // SIDE
+        potential = RidgePotential(FEATURES // 2, 128, context_features=width)
+        layers.append(
+            MongeAmpereCouplingTransform((place % 2 == i % 2).int(), network, potential, steps=2)
+        )
+    return CompositeTransform([LULinear(FEATURES), *layers])
 
 
 def splines() -> Transform:
@@ -89,13 +113,8 @@ FLOWS = (
         learning_rate=1e-2,
         weight_decay=0.3,
     ),
+    Entry("Monge-Ampère coupling", couplings, learning_rate=1e-2, weight_decay=0.1),
     Entry("nflows RQ coupling", splines, learning_rate=1e-2, weight_decay=0.1),
-    Entry(
-        "nflows MAF",
-        lambda: MaskedAutoregressiveFlow(FEATURES, 128, 5, 2)._transform,
-        learning_rate=1e-3,
-        weight_decay=0.1,
-    ),
     Entry(
         "nflows RealNVP",
         lambda: SimpleRealNVP(FEATURES, 64, 6, 1, dropout_probability=0.2)._transform,
@@ -149,7 +168,7 @@ def train(entry: Entry, digits: Images, seconds: float, seed: int) -> Flow:
             endless(EndlessBatches(digits.train, 100, seed, pixels), interval=120),
             DataLoader(TensorDataset(watched), batch_size=len(watched)),
             folder,
-            name=f"{entry.name:>18}",
+            name=f"{entry.name:>21}",
         )
     return flow.cpu().eval()
 
