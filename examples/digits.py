@@ -73,7 +73,7 @@ class Entry:
 
 
 def couplings() -> Transform:
-    """Half of the pixels flow in ridges that a small network draws from the other half, in turns."""
+    """Half of the pixels flow in ridges that a small network draws from the others, in turns."""
     width = 64
 
     def network(passing: int, outputs: int) -> nn.Module:
