@@ -4,7 +4,8 @@ nessai learns the density of its live points with a flow of nflows and draws new
 that the flow makes too likely or whose likelihood is too small it rejects, so that a flow whose
 log-densities are right changes what an evidence costs, not its value. nessai brings a copy of
 nflows under another name. With ``GLASFLOW_USE_NFLOWS=True`` in the environment, set below, it uses
-nflows itself and takes any transform of it. The function ``monge_ampere`` makes such a flow; it runs beside nessai's default, a
+nflows itself and takes any transform of it. The function ``monge_ampere`` makes such a flow; it
+runs beside nessai's default, a
 RealNVP.
 
 The likelihood is Rosenbrock's, a narrow curved valley, under a uniform prior:
