@@ -63,8 +63,13 @@ def load() -> tuple[Images, Labels]:
 
 def conditional_pipeline(train: Tensor) -> Flow:
     """Pixels -> logits -> whitened logits -> noise, the last step by the class."""
-    potential = RidgePotential(digits.FEATURES, 512, context_features=EMBEDDING)
-    flow = digits.pipeline(train, MongeAmpereTransform(potential, time=1.0, steps=4))
+
+    def ridges(white: Tensor) -> MongeAmpereTransform:
+        potential = RidgePotential(digits.FEATURES, 512, context_features=EMBEDDING)
+        potential.initialize(white)
+        return MongeAmpereTransform(potential, time=1.0, steps=4)
+
+    flow = digits.pipeline(train, ridges)
     return Flow(flow._transform, flow._distribution, nn.Embedding(CLASSES, EMBEDDING))
 
 

@@ -64,15 +64,28 @@ console = Console()
 
 @dataclass(frozen=True)
 class Entry:
-    """A flow to compare, with the settings that the validation set chose for it."""
+    """A flow to compare, with the settings that the validation set chose for it.
+
+    Attributes:
+        name: how tables call it.
+        make: makes it for whitened logits, of which it gets some.
+        learning_rate, weight_decay: of AdamW.
+    """
 
     name: str
-    make: Callable[[], Transform]
+    make: Callable[[Tensor], Transform]
     learning_rate: float
     weight_decay: float
 
 
-def couplings() -> Transform:
+def ridges(white: Tensor) -> Transform:
+    """The published potential, its first ridges along the pixels."""
+    potential = RidgePotential(FEATURES, 512)
+    potential.initialize(white)
+    return MongeAmpereTransform(potential, time=1.0, steps=4)
+
+
+def couplings(white: Tensor) -> Transform:
     """Half of the pixels flow in ridges that a small network draws from the others, in turns."""
     width = 64
 
@@ -84,14 +97,14 @@ def couplings() -> Transform:
     for i in range(4):
         # every other column, then every other row
         place = torch.arange(FEATURES) % SIDE if i < 2 else torch.arange(FEATURES) // SIDE
+        moves = place % 2 == i % 2
         potential = RidgePotential(FEATURES // 2, 128, context_features=width)
-        layers.append(
-            MongeAmpereCouplingTransform((place % 2 == i % 2).int(), network, potential, steps=2)
-        )
+        potential.initialize(white[:, moves])
+        layers.append(MongeAmpereCouplingTransform(moves.int(), network, potential, steps=2))
     return CompositeTransform([LULinear(FEATURES), *layers])
 
 
-def splines() -> Transform:
+def splines(white: Tensor) -> Transform:
     """Rational-quadratic coupling layers behind a linear one, which mixes the pixels."""
     layers = [
         PiecewiseRationalQuadraticCouplingTransform(
@@ -109,7 +122,7 @@ def splines() -> Transform:
 FLOWS = (
     Entry(
         "Monge-Ampère",
-        lambda: MongeAmpereTransform(RidgePotential(FEATURES, 512), time=1.0, steps=4),
+        ridges,
         learning_rate=1e-2,
         weight_decay=0.3,
     ),
@@ -117,7 +130,7 @@ FLOWS = (
     Entry("nflows RQ coupling", splines, learning_rate=1e-2, weight_decay=0.1),
     Entry(
         "nflows RealNVP",
-        lambda: SimpleRealNVP(FEATURES, 64, 6, 1, dropout_probability=0.2)._transform,
+        lambda white: SimpleRealNVP(FEATURES, 64, 6, 1, dropout_probability=0.2)._transform,
         learning_rate=1e-3,
         weight_decay=0.1,
     ),
@@ -142,19 +155,19 @@ def pixels_to_logits() -> list[Transform]:
     return [PointwiseAffineTransform(MARGIN, (1 - 2 * MARGIN) / LEVELS), Logit()]
 
 
-def pipeline(train: Tensor, flow: Transform) -> Flow:
+def pipeline(train: Tensor, make: Callable[[Tensor], Transform]) -> Flow:
     """Pixels -> logits -> whitened logits -> noise."""
     to_logits = pixels_to_logits()
     generator = torch.Generator().manual_seed(0)
     logits, _ = CompositeTransform(to_logits)(pixels(train.repeat(10, 1), generator))
-    return Flow(
-        CompositeTransform([*to_logits, whitening(logits), flow]), StandardNormal([FEATURES])
-    )
+    whiten = whitening(logits)
+    flow = make(whiten(logits)[0])
+    return Flow(CompositeTransform([*to_logits, whiten, flow]), StandardNormal([FEATURES]))
 
 
 def train(entry: Entry, digits: Images, seconds: float, seed: int) -> Flow:
     """The flow of ``entry`` at the checkpoint with the best validation loss."""
-    flow = pipeline(digits.train, entry.make())
+    flow = pipeline(digits.train, entry.make)
 
     def optimizer(flow: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.AdamW(
@@ -287,7 +300,7 @@ def main(
     )
     torch.manual_seed(seed)
     flows = {entry.name: train(entry, digits, seconds, seed) for entry in FLOWS}
-    flows["Gaussian"] = pipeline(digits.train, IdentityTransform()).eval()
+    flows["Gaussian"] = pipeline(digits.train, lambda white: IdentityTransform()).eval()
 
     scores = [score(name, flow, digits.test) for name, flow in flows.items()]
     error = draw(flows, digits, out / "digits.png")

@@ -13,6 +13,7 @@ from nflows_mongeampere.dynamics import Dynamics, FieldDynamics, Time
 from nflows_mongeampere.potentials.activations import ACTIVATIONS
 from nflows_mongeampere.potentials.base import ClosedFormPotential
 from nflows_mongeampere.potentials.layers import Layer, Layers, LayersDynamics, at
+from nflows_mongeampere.potentials.ridges import start_from
 
 
 class DeepPotential(ClosedFormPotential):
@@ -124,6 +125,24 @@ class DeepPotential(ClosedFormPotential):
             nn.init.normal_(self.time_weight)
         if self.context_weight is not None:
             nn.init.normal_(self.context_weight, std=1 / math.sqrt(self.context_weight.shape[1]))
+
+    def initialize(self, data: Tensor, *, sharpness: float = 3.0) -> None:
+        r"""Draw the first layer anew to suit data; what is above it and the amplitudes stay.
+
+        The first rows are the axes, the others point in random directions, and each has the length
+        ``sharpness`` / s.d. of the data; each ridge bends at a random row of the data. Axes pay
+        wherever features mean something by themselves, as whitened pixels do: a random mixture of
+        many features is nearly normal and has little to learn.
+
+        Args:
+            data: rows as the potential will meet them, behind the layers in front, shape (N, ...).
+            sharpness: how much sharper than the data ridges start: 1 for many features, 3 to 6 for
+                thin shapes in the plane.
+
+        Raises:
+            TypeError, ValueError: for arguments that do not fit.
+        """
+        start_from(data, self.weight, self.bias, sharpness)
 
     def dynamics(
         self, inputs: Tensor, context: Tensor | None, evaluations: int, costs: bool = False

@@ -14,7 +14,7 @@ from nflows_mongeampere.groups import Group
 from nflows_mongeampere.potentials.activations import ACTIVATIONS
 from nflows_mongeampere.potentials.base import ClosedFormPotential
 from nflows_mongeampere.potentials.orbits import RidgeOrbits
-from nflows_mongeampere.potentials.ridges import Ridges
+from nflows_mongeampere.potentials.ridges import Ridges, start_from
 
 
 class RidgePotential(ClosedFormPotential):
@@ -98,6 +98,24 @@ class RidgePotential(ClosedFormPotential):
                 nn.init.normal_(offset)
         if self.context_weight is not None:
             nn.init.normal_(self.context_weight, std=1 / math.sqrt(self.context_weight.shape[1]))
+
+    def initialize(self, data: Tensor, *, sharpness: float = 1.0) -> None:
+        r"""Draw the ridges anew to suit data; amplitudes stay as they are.
+
+        The first rows are the axes, the others point in random directions, and each has the length
+        ``sharpness`` / s.d. of the data; each ridge bends at a random row of the data. Axes pay
+        wherever features mean something by themselves, as whitened pixels do: a random mixture of
+        many features is nearly normal and has little to learn.
+
+        Args:
+            data: rows as the potential will meet them, behind the layers in front, shape (N, ...).
+            sharpness: how much sharper than the data ridges start: 1 for many features, 3 to 6 for
+                thin shapes in the plane.
+
+        Raises:
+            TypeError, ValueError: for arguments that do not fit.
+        """
+        start_from(data, self.weight, self.bias, sharpness)
 
     def arguments(self) -> dict[str, Any]:
         return {**super().arguments(), "bias": self.bias is not None}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nflows_mongeampere import RidgePotential
+from nflows_mongeampere import DeepPotential, RidgePotential
 from nflows_mongeampere.conftest import close, ridge
 from nflows_mongeampere.potentials.ridges import ReducedDynamics, RidgeDynamics
 
@@ -48,6 +48,37 @@ def test_coordinates_are_chosen_by_shape(features, hidden, batch, evaluations, e
     potential = RidgePotential(features, hidden)
     dynamics = potential.dynamics(torch.zeros(batch, features), None, evaluations)
     assert type(dynamics) is expected
+
+
+@pytest.mark.parametrize("build", [RidgePotential, lambda d, h: DeepPotential(d, [h, 4])])
+def test_ridges_start_from_data(build):
+    data = torch.tensor([2.0, 0.5, 10.0]) * torch.randn(500, 3) + torch.tensor([1.0, 0.0, -50.0])
+    potential = build(3, 40)
+    before = potential.amplitude.clone()
+    potential.initialize(data, sharpness=4.0)
+    assert torch.equal(potential.amplitude, before)
+    # the projections on all rows vary about as much, and each ridge bends at a row of the data
+    projected = data @ potential.weight.T + potential.bias
+    assert ((projected.std(0) > 3) & (projected.std(0) < 5)).all()
+    assert (projected.abs().min(0).values < 1e-4).all()
+    axes = potential.weight[:3] * data.std(0) / 4
+    close(axes, torch.eye(3), 1e-6)
+    assert RidgePotential(3, 2, bias=False).initialize(data) is None  # fewer ridges than axes
+    assert build(3, 2)(data).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"data": torch.randn(5, 4)}, "data: got shape .5, 4., expected at least 2 rows of 3"),
+        ({"data": torch.randn(1, 3)}, "data: got shape"),
+        ({"data": torch.ones(5, 3)}, "data: got the same number in all rows of feature 0"),
+        ({"data": torch.randn(5, 3), "sharpness": 0}, "sharpness: got 0"),
+    ],
+)
+def test_data_to_start_from_are_checked(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        RidgePotential(3, 7).initialize(**arguments)
 
 
 @pytest.mark.parametrize("hidden", [255, 300])

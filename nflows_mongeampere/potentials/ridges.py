@@ -6,7 +6,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from nflows_mongeampere import validation
 from nflows_mongeampere.differentiation import compiling
 from nflows_mongeampere.dynamics import Dynamics, Time, as_rows
 from nflows_mongeampere.potentials.activations import ACTIVATIONS, Activation
@@ -293,3 +295,27 @@ class ReducedCostDynamics(ReducedDynamics):
         gradients: list[Tensor | None],
     ) -> Tensor:
         return Dynamics.pullback(self, t, kept, adjoint, gradients)
+
+
+@torch.no_grad()
+def start_from(data: Tensor, weight: Tensor, bias: Tensor | None, sharpness: float) -> None:
+    """Write rows and offsets that suit data over those of ridges."""
+    validation.batch("data", data, weight)
+    hidden, features = weight.shape
+    points = data.flatten(1)
+    if points.shape[1] != features or len(points) < 2:
+        raise ValueError(
+            f"data: got shape {tuple(data.shape)}, expected at least 2 rows of {features} features"
+        )
+    spread = points.std(0)
+    if not spread.all():
+        raise ValueError(
+            f"data: got the same number in all rows of feature {int(spread.argmin())}, expected "
+            "features that vary"
+        )
+    rows = F.normalize(torch.randn_like(weight), dim=1)
+    rows[:features] = torch.eye(features, dtype=rows.dtype, device=rows.device)[:hidden]
+    weight.copy_(validation.positive("sharpness", sharpness) * rows / spread)
+    if bias is not None:
+        at = points[torch.randint(len(points), (hidden,), device=points.device)]
+        bias.copy_(-(weight * at).sum(1))
