@@ -39,6 +39,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from nflows_mongeampere import (
     ConvolutionalPotential,
+    MongeAmpereCouplingTransform,
     MongeAmpereTransform,
     RidgePotential,
     refined,
@@ -133,6 +134,25 @@ def fast() -> Transform:
     return MongeAmpereTransform(potential, time=2.0, steps=3)
 
 
+def couplings(levels: Tensor) -> list[Transform]:
+    """Half of the whitened pixels flow in ridges that a network draws from the others, in turns."""
+    whiten, width = whitening(images_through([], levels)), 128
+    white = images_through([whiten], levels[:5000])
+    row, column = torch.arange(FEATURES) // SIDE, torch.arange(FEATURES) % SIDE
+
+    def network(passing: int, outputs: int) -> nn.Module:
+        inner = (nn.Linear(passing, 2 * width), nn.SiLU(), nn.Dropout(0.2))
+        return nn.Sequential(*inner, nn.Linear(2 * width, outputs), nn.SiLU())
+
+    layers: list[Transform] = [whiten]
+    for place in (row + column, row + column + 1, column, column + 1):
+        moves = place % 2 == 0
+        potential = RidgePotential(FEATURES // 2, 512, context_features=width)
+        potential.initialize(white[:, moves])
+        layers.append(MongeAmpereCouplingTransform(moves.int(), network, potential, steps=2))
+    return layers
+
+
 def stacked(levels: Tensor) -> list[Transform]:
     """Marginals made normal, then potentials of neighbouring pixels, then a linear transform."""
     before = [Pixels(MARGIN), Marginals(levels, LEVELS), NormalQuantile()]
@@ -181,6 +201,9 @@ PRESETS = {
         interval=200,
         solver_tolerance=1.5,
         linear_rate=0.02,
+    ),
+    "coupling": Preset(
+        couplings, 4e-3, batch_size=200, interval=200, solver_tolerance=1.5, linear_rate=0.02
     ),
     "stacked": Preset(stacked, 2e-2, interval=200, linear_rate=0.02, solver_tolerance=2.0),
     "realnvp": Preset(partial(behind_whitening, realnvp), 5e-4, linear_rate=0.1),
