@@ -19,6 +19,8 @@ from nflows.transforms import (
 from torch import Tensor
 from torch.nn import functional as F
 
+from nflows_mongeampere import tabular
+
 MNIST_FILES = ("train-images-idx3-ubyte", "t10k-images-idx3-ubyte")
 
 
@@ -186,16 +188,5 @@ class Marginals(PiecewiseLinearCDF):
 
 def whitening(points: Tensor) -> LULinear:
     r"""A linear transform of nflows, set to :math:`\Sigma^{-1/2} (y - \mu)` of the data (ZCA)."""
-    linear = LULinear(points.shape[1])
     points = points.double()
-    values, vectors = torch.linalg.eigh(torch.cov(points.T))
-    matrix = vectors @ torch.diag(values.rsqrt()) @ vectors.T
-    factor = torch.linalg.cholesky(matrix)
-    scale = factor.diagonal()
-    lower, upper = factor / scale, scale[:, None] * factor.T
-    with torch.no_grad():
-        linear.lower_entries.copy_(lower[linear.lower_indices])
-        linear.upper_entries.copy_(upper[linear.upper_indices])
-        linear.unconstrained_upper_diag.copy_((upper.diagonal() - linear.eps).expm1().log())
-        linear.bias.copy_(-matrix @ points.mean(0))
-    return linear
+    return tabular.whitening(points.mean(0), torch.cov(points.T))
