@@ -23,6 +23,7 @@ from nflows_mongeampere import potentials
 from nflows_mongeampere.atomic import write as write  # for those who write beside a flow
 from nflows_mongeampere.flow import MongeAmpereFlow, Noise
 from nflows_mongeampere.groups import Group
+from nflows_mongeampere.tabular import Bounded, NormalMixture, SinhArcsinh, Table
 from nflows_mongeampere.transform import MongeAmpereTransform
 from nflows_mongeampere.version import __version__
 
@@ -183,6 +184,16 @@ def _flow(f: flows.Flow) -> Arguments:
     }
 
 
+def _spline(t: Any) -> Arguments:
+    names = ("tails", "tail_bound", "min_bin_width", "min_bin_height", "min_derivative")
+    shape = t.unnormalized_widths.shape
+    return {
+        "shape": list(shape[:-1]),
+        "num_bins": shape[-1],
+        **{name: getattr(t, name) for name in names},
+    }
+
+
 def _affine(t: Any) -> Arguments:
     return {"shape": list(t._shift.shape), "scale": list(t._scale.shape)}
 
@@ -214,6 +225,10 @@ OURS: tuple[type, ...] = (
     Group,
     MongeAmpereTransform,
     MongeAmpereFlow,
+    Bounded,
+    SinhArcsinh,
+    NormalMixture,
+    Table,
 )
 
 # Each class that a file may name, and the arguments that build one like a given instance.
@@ -235,6 +250,7 @@ KNOWN: dict[str, tuple[type, Callable[[Any], Arguments]]] = {
         (transforms.Sigmoid, lambda t: {"eps": t.eps}),
         (transforms.Logit, lambda t: {"eps": t._transform.eps}),
         (transforms.PointwiseAffineTransform, _affine),
+        (transforms.PiecewiseRationalQuadraticCDF, _spline),
         (transforms.Permutation, lambda t: {"features": len(t._permutation), "dim": t._dim}),
         (transforms.RandomPermutation, lambda t: {"features": len(t._permutation), "dim": t._dim}),
         (transforms.ReversePermutation, lambda t: {"features": len(t._permutation), "dim": t._dim}),

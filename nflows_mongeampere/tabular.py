@@ -72,9 +72,11 @@ class Bounded(Configured, Transform):
         outputs = torch.where(above, low + inputs.exp(), inputs)
         outputs = torch.where(below, high - (-inputs).exp(), outputs)
         outputs = torch.where(above & below, low + (high - low) * inputs.sigmoid(), outputs)
-        both = F.logsigmoid(inputs) + F.logsigmoid(-inputs) + torch.where(
-            above & below, high - low, 1.0
-        ).log()
+        both = (
+            F.logsigmoid(inputs)
+            + F.logsigmoid(-inputs)
+            + torch.where(above & below, high - low, 1.0).log()
+        )
         slope = torch.where(above, inputs, torch.where(below, -inputs, 0.0))
         return outputs, torch.where(above & below, both, slope).sum(1)
 
@@ -199,3 +201,46 @@ def whitening(mean: Tensor, covariance: Tensor) -> LULinear:
         linear.unconstrained_upper_diag.copy_((upper.diagonal() - linear.eps).expm1().log())
         linear.bias.copy_(-matrix @ mean.double())
     return linear
+
+
+class Table(Configured, nn.Module):
+    """The density of the rows of a table, in the units of the table.
+
+    Args:
+        flow: of nflows, over rows of the table in double precision.
+        integers: for each column whether its values are integers.
+        lower, upper: the ends of the columns, infinite where there are none.
+        description: whatever belongs to the density, as JSON.
+    """
+
+    def __init__(
+        self,
+        flow: nn.Module,
+        integers: list[bool],
+        lower: list[float],
+        upper: list[float],
+        description: str = "{}",
+    ) -> None:
+        super().__init__()
+        self.flow = flow
+        self.integers, self.lower, self.upper = integers, lower, upper
+        self.description = description
+
+    def log_prob(self, rows: Tensor) -> Tensor:
+        """The log-density of rows, shape (N,); minus infinity beyond the ends."""
+        lower, upper = rows.new_tensor(self.lower), rows.new_tensor(self.upper)
+        inside = ((rows > lower) & (rows < upper)).all(1)
+        log_prob = rows.new_full((len(rows),), -math.inf)
+        if bool(inside.any()):
+            log_prob[inside] = self.flow.log_prob(rows[inside])  # type: ignore[operator]
+        return log_prob
+
+    def sample(self, num_samples: int, batch_size: int) -> Tensor:
+        """Rows, shape (N, D), with integers where there are any."""
+        rows = torch.cat(
+            [
+                self.flow.sample(min(batch_size, num_samples - first))  # type: ignore[operator]
+                for first in range(0, num_samples, batch_size)
+            ]
+        )
+        return torch.where(torch.tensor(self.integers), rows.round(), rows)
