@@ -44,7 +44,8 @@ from nflows_mongeampere.transform import MongeAmpereTransform
 Array = NDArray[np.float64]
 
 FEWEST_ROWS = 10
-FEW_ROWS = 5000  # up to which marginals are chosen, and the flow is fitted again to all rows
+TINY_ROWS = 100  # below which one flow has to do
+FEW_ROWS = 5000  # up to which marginals and base are chosen
 AT_AN_END = 0.02  # the part of the rows at an extreme value from which on it is an end
 JUDGED_ROWS, WATCHED_ROWS = 2000, 200  # of the held-out part
 EVALUATED_ROWS = 4096  # at once
@@ -59,6 +60,13 @@ def choose_potential(features: int, rows: int, hidden_features: int | None = Non
     return RidgePotential(features, hidden_features or min(128, max(16, rows // 8)))
 
 
+def choose_members(rows: int) -> int:
+    """How many flows a density is the mean of, each with another part of the rows held out."""
+    if rows < TINY_ROWS or rows > FEW_ROWS:
+        return 1
+    return 5 if rows <= 1000 else 3
+
+
 class MongeAmpereDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
     r"""The density of a table, by a Monge-Ampère flow.
 
@@ -67,8 +75,9 @@ class MongeAmpereDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
     (:class:`~nflows_mongeampere.tabular.SinhArcsinh`, then a rational-quadratic spline); a linear
     layer whitens the rows; the flow moves them; the base is a mixture of normals. How flexible the
     functions of the columns are, how many normals there are, and when training ends is chosen on a
-    part of the rows that is held out. Up to 5,000 rows, all is then fitted again, by the same
-    choices, to all rows. The start is the mixture of normals, so that training has only to gain.
+    part of the rows that is held out. The start is the mixture of normals, so that training has
+    only to gain. Up to 1,000 rows the density is the mean of five flows, and up to 5,000 of three,
+    each with another part held out.
 
     Columns of integers are fitted with uniform noise of half a unit up and down: the density at an
     integer is about its probability. Samples are rounded.
@@ -92,7 +101,8 @@ class MongeAmpereDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
     Attributes:
         model_: a :class:`~nflows_mongeampere.tabular.Table`, with the flow of nflows in it.
         columns_: for each column its name, whether it holds integers, and its ends.
-        n_iter_: steps of the optimiser after which the held-out rows were most likely.
+        n_iter_: for each flow the steps of the optimiser after which its held-out rows were most
+            likely.
         held_out_score_: their mean log-density then.
         solver_error_: mean error of their log-densities, in nats.
         n_features_in_, feature_names_in_: as scikit-learn has them.
@@ -355,19 +365,10 @@ class _Settings:
     tolerance: float
 
 
-@dataclass(frozen=True)
-class _Choice:
-    """What the held-out rows have chosen."""
-
-    marginals: str
-    components: int
-    covariance: str
-
-
 @dataclass
 class _Fitted:
     table: Table
-    iterations: int
+    iterations: list[int]
     held_out: float
     solver_error: float
 
@@ -377,6 +378,7 @@ class _Progress:
 
     def __init__(self, visible: bool) -> None:
         self._bar: Any = None
+        self.part = 0.0, 1.0  # where what is under way begins, and its length
         if validation.boolean("verbose", visible):
             from rich.progress import Progress, TextColumn
 
@@ -392,15 +394,17 @@ class _Progress:
         if self._bar is not None:
             self._bar.stop()
 
-    def show(self, part: float, told: str = "") -> None:
+    def show(self, done: float, told: str) -> None:
+        """How much of the part that is under way is done."""
         if self._bar is not None:
-            self._bar.update(self._task, completed=part, told=told)
+            first, length = self.part
+            self._bar.update(self._task, completed=first + done * length, told=told)
 
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Torch draws from a seed within, on the CPU, and goes on after as if nothing had been."""
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+    """Torch draws from a seed within, and goes on after as if nothing had been."""
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
 
@@ -470,17 +474,38 @@ class _Fit:
         """Choose by the held-out rows, and fit."""
         self._scale(table)
         rows = torch.as_tensor((table - self.centre) / self.unit, dtype=torch.float32)
-        order = torch.randperm(len(rows))
         held = max(2, round(self.settings.validation_fraction * len(rows)))
-        judged, taught = self._noisy(rows[order[:held]]), rows[order[held:]]
-        layers, choice = self._start(taught, judged)
-        layers, iterations, best = self._train(layers, taught, judged, self._limit(len(rows)))
-        if len(rows) <= FEW_ROWS:  # the same again, with all of them
-            layers, _ = self._start(rows, None, choice)
-            layers, *_ = self._train(layers, rows, None, self._limit(len(rows)), iterations)
-        model = self._assemble(layers)
-        error = self._choose_steps(model, judged)
-        return _Fitted(model, iterations, best - float(np.log(self.unit).sum()), error)
+        order, members = torch.randperm(len(rows)), choose_members(len(rows))
+        flows, iterations, scores, errors = [], [], [], []
+        for member in range(members):
+            shifted = order.roll(-member * held)
+            judged, taught = self._noisy(rows[shifted[:held]]), rows[shifted[held:]]
+            self.progress.part = member / members, 1 / members
+            layers, reached, score = self._member(taught, judged)
+            flows.append(self._assemble(layers))
+            iterations.append(reached)
+            scores.append(score - float(np.log(self.unit).sum()))
+            errors.append(self._choose_steps(flows[-1], judged))
+        lower = (self.centre + self.unit * np.array(self.lower)).tolist()
+        upper = (self.centre + self.unit * np.array(self.upper)).tolist()
+        model = Table(flows, [column.integer for column in self.columns], lower, upper)
+        return _Fitted(model, iterations, float(np.mean(scores)), float(np.mean(errors)))
+
+    def _member(self, taught: Tensor, judged: Tensor) -> tuple[_Layers, int, float]:
+        """One flow: from its base of normals, and where rows are few also from a single one."""
+        layers = self._start(taught, judged)
+        bases = [layers.base]
+        if TINY_ROWS <= len(taught) <= FEW_ROWS and layers.base.components > 1:
+            bases.append(NormalMixture(taught.shape[1], 1).float())
+        found = []
+        for number, base in enumerate(bases):
+            start = copy.deepcopy(layers)
+            start.base = base
+            first, length = self.progress.part
+            self.progress.part = first + length * number / len(bases), length / len(bases)
+            found.append(self._train(start, taught, judged))
+            self.progress.part = first, length
+        return max(found, key=lambda one: one[2])
 
     def _limit(self, rows: int) -> int:
         given = self.settings.max_iter
@@ -509,23 +534,17 @@ class _Fit:
         # a little less than half a unit, so that rounding keeps them within the ends
         return rows + 0.9999 * (torch.rand_like(rows) - 0.5) * self.noise
 
-    def _start(
-        self, taught: Tensor, judged: Tensor | None, choice: _Choice | None = None
-    ) -> tuple[_Layers, _Choice]:
+    def _start(self, taught: Tensor, judged: Tensor) -> _Layers:
         """Marginals, linear layer and base, by closed forms and by EM."""
-        few = len(taught) <= FEW_ROWS
-        kinds = MARGINALS if few else MARGINALS[-1:]
-        if choice is not None:
-            kinds = (choice.marginals,)
-        found: list[tuple[float, str, _Layers]] = []
-        for kind in kinds:
+        found: list[tuple[float, _Layers]] = []
+        for kind in MARGINALS if len(taught) <= FEW_ROWS else MARGINALS[-1:]:
             layers = self._marginals(taught, kind)
             self._whiten(layers, taught)
-            value = 0.0 if judged is None else self._mean(layers, judged)
-            found.append((value, kind, layers))
-        _, kind, layers = max(found, key=lambda one: one[0] if math.isfinite(one[0]) else -math.inf)
-        components, covariance = self._mix(layers, taught, judged, choice)
-        return layers, _Choice(kind, components, covariance)
+            value = self._mean(layers, judged)
+            found.append((value if math.isfinite(value) else -math.inf, layers))
+        layers = max(found, key=lambda one: one[0])[1]
+        layers.base = self._base(layers, taught, judged).float()
+        return layers
 
     def _marginals(self, taught: Tensor, kind: str) -> _Layers:
         """Functions of the columns, by maximum likelihood of each for itself."""
@@ -560,65 +579,42 @@ class _Fit:
         z, _ = layers.marginal(self._noisy(taught[: 10 * FEW_ROWS]))
         covariance = LedoitWolf().fit(z.double().numpy()).covariance_
         mean = z.double().mean(0)
-        layers.linear = whitening(mean, torch.as_tensor(covariance).reshape(len(mean), -1))
+        layers.linear = whitening(mean, torch.as_tensor(covariance).reshape(len(mean), -1)).float()
 
     @torch.no_grad()
-    def _mix(
-        self, layers: _Layers, taught: Tensor, judged: Tensor | None, choice: _Choice | None
-    ) -> tuple[int, str]:
-        """The base: as many normals as the held-out rows ask for, by EM."""
+    def _base(self, layers: _Layers, taught: Tensor, judged: Tensor) -> NormalMixture:
+        """As many normals as the held-out rows ask for, by EM."""
         z = layers.white(self._noisy(taught[: 2 * FEW_ROWS]))[0].double().numpy()
-        seed = int(torch.randint(2**31, ()))
-        if choice is not None or judged is None:
-            assert choice is not None
-            best = self._mixture(z, choice.components, choice.covariance, seed)
-        else:
-            aside = layers.white(judged[:JUDGED_ROWS])[0].double().numpy()
-            best, score = None, self._normal_score(aside)
-            for covariance in ("full", "diag"):
-                worse = 0
-                for count in self._counts(len(z)):
-                    mixture = self._mixture(z, count, covariance, seed)
-                    if mixture is None:
-                        continue
-                    if (value := float(mixture.score(aside))) > score:
-                        best, score, worse = mixture, value, 0
-                    else:
-                        worse += 1
-                    if worse == 2:
-                        break
-        if best is None:
-            layers.base = NormalMixture(z.shape[1], 1)
-            return 1, ""
-        layers.base = _base_of(best)
-        return best.n_components, best.covariance_type
+        aside = layers.white(judged[:JUDGED_ROWS])[0].double().numpy()
+        best, seed = NormalMixture(z.shape[1], 1), int(torch.randint(2**31, ()))
+        score = float(best.log_prob(torch.as_tensor(aside).to(best.means)).mean())
+        for covariance in ("full", "diag"):
+            worse = 0
+            for count in self._counts(len(z)):
+                mixture = GaussianMixture(
+                    count, covariance_type=covariance, random_state=seed, max_iter=50
+                )
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # EM need not end: training goes on
+                    value = float(mixture.fit(z).score(aside))
+                if value > score:
+                    best, score, worse = _base_of(mixture), value, 0
+                else:
+                    worse += 1
+                if worse == 2:
+                    break
+        return best
 
     def _counts(self, rows: int) -> Sequence[int]:
         if self.settings.components is not None:
             return () if self.settings.components == 1 else (self.settings.components,)
         return [k for k in (2, 3, 4, 6, 8, 12, 16, 24, 32) if 20 * k <= rows]
 
-    @staticmethod
-    def _mixture(z: Array, count: int, covariance: str, seed: int) -> GaussianMixture | None:
-        if count == 1:
-            return None
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # EM need not end: training goes on
-            return GaussianMixture(
-                count, covariance_type=covariance, random_state=seed, max_iter=50
-            ).fit(z)
-
-    @staticmethod
-    def _normal_score(z: Array) -> float:
-        return float(-0.5 * (z**2).sum(1).mean() - 0.5 * z.shape[1] * math.log(2 * math.pi))
-
     def _train(
         self,
         layers: _Layers,
         taught: Tensor,
-        judged: Tensor | None,
-        limit: int,
-        iterations: int | None = None,
+        judged: Tensor,
     ) -> tuple[_Layers, int, float]:
         """Maximum likelihood of all layers together.
 
@@ -630,7 +626,7 @@ class _Fit:
         transform = MongeAmpereTransform(
             choose_potential(features, len(taught), settings.hidden_features), steps=STEPS
         )
-        layers.flow = transform
+        layers.flow = transform.float()
         others = [p for name, p in layers.named_parameters() if not name.startswith("flow.")]
         rate = settings.learning_rate
         optimizer = torch.optim.AdamW(
@@ -640,13 +636,11 @@ class _Fit:
             ],
             lr=rate,
         )
-        best, kept = -math.inf, copy.deepcopy(layers.state_dict())
-        reached, stale = 0, 0
-        if judged is not None:
-            best = self._mean(layers, judged)
+        best, kept = self._mean(layers, judged), copy.deepcopy(layers.state_dict())
+        reached, stale, limit = 0, 0, self._limit(len(taught))
         batch = min(len(taught), 512 if len(taught) > FEW_ROWS else 128)
         every = 50 if limit > 200 else 10
-        for step in range(1, (limit if iterations is None else iterations) + 1):
+        for step in range(1, limit + 1):
             part = step / limit
             factor = min(1.0, step / 50) * 0.5 * (1 + math.cos(math.pi * part))
             for group, share in zip(optimizer.param_groups, (1.0, 0.1), strict=True):
@@ -664,10 +658,8 @@ class _Fit:
             optimizer.step()
             if step % every == 0 or step == limit:
                 self.progress.show(part, f"held out {best - np.log(self.unit).sum():.3f}")
-                if not self._guard(layers, transform, taught if judged is None else judged):
+                if not self._guard(layers, transform, judged):
                     break
-                if judged is None:
-                    continue
                 value = self._mean(layers, judged)
                 if value > best:
                     best, reached, stale = value, step, 0
@@ -676,8 +668,7 @@ class _Fit:
                     stale += 1
                 if stale == PATIENCE:
                     break
-        if judged is not None:
-            layers.load_state_dict(kept)
+        layers.load_state_dict(kept)
         return layers, reached, best
 
     @torch.no_grad()
@@ -705,31 +696,28 @@ class _Fit:
         except (IntegrationError, ValueError):
             return math.nan
 
-    def _assemble(self, layers: _Layers) -> Table:
+    def _assemble(self, layers: _Layers) -> Flow:
         """All layers as a flow of nflows over rows in the units of the table, in double."""
         scale = torch.as_tensor(1 / self.unit)
         scaling = PointwiseAffineTransform(-torch.as_tensor(self.centre) * scale, scale)
         ends = [Bounded(self.lower, self.upper)] if self._ends() else []
         parts = [layers.tails, layers.splines, layers.linear, layers.flow]
         parts = [part for part in parts if not isinstance(part, IdentityTransform)]
-        flow = Flow(CompositeTransform([scaling, *ends, *parts]), layers.base).double().eval()
-        lower = (self.centre + self.unit * np.array(self.lower)).tolist()
-        upper = (self.centre + self.unit * np.array(self.upper)).tolist()
-        return Table(flow, [column.integer for column in self.columns], lower, upper)
+        return Flow(CompositeTransform([scaling, *ends, *parts]), layers.base).double().eval()
 
     def _ends(self) -> bool:
         return any(map(math.isfinite, [*self.lower, *self.upper]))
 
     @torch.no_grad()
-    def _choose_steps(self, model: Table, judged: Tensor) -> float:
+    def _choose_steps(self, flow: Flow, judged: Tensor) -> float:
         """Set the steps of the solver by its error on held-out rows, and return that."""
-        (transform,) = (m for m in model.modules() if isinstance(m, MongeAmpereTransform))
+        (transform,) = (m for m in flow.modules() if isinstance(m, MongeAmpereTransform))
         few = judged[:WATCHED_ROWS].double()
         rows = torch.as_tensor(self.centre) + torch.as_tensor(self.unit) * few
         transform.steps, error = 1, math.inf
         while True:
             try:
-                error = _solver_error(model, lambda: model.flow.log_prob(rows))  # type: ignore
+                error = _solver_error(flow, lambda: flow.log_prob(rows))
             except IntegrationError:
                 error = math.inf
             if error <= self.settings.tolerance or 2 * transform.steps > MAX_STEPS // 8:

@@ -204,10 +204,12 @@ def whitening(mean: Tensor, covariance: Tensor) -> LULinear:
 
 
 class Table(Configured, nn.Module):
-    """The density of the rows of a table, in the units of the table.
+    r"""The density of the rows of a table, in its units: the mean of those of a few flows.
+
+    .. math:: p(x) = \frac{1}{M} \sum_m p_m(x)
 
     Args:
-        flow: of nflows, over rows of the table in double precision.
+        flows: of nflows, M of them, over rows of the table in double precision.
         integers: for each column whether its values are integers.
         lower, upper: the ends of the columns, infinite where there are none.
         description: whatever belongs to the density, as JSON.
@@ -215,14 +217,14 @@ class Table(Configured, nn.Module):
 
     def __init__(
         self,
-        flow: nn.Module,
+        flows: list[nn.Module],
         integers: list[bool],
         lower: list[float],
         upper: list[float],
         description: str = "{}",
     ) -> None:
         super().__init__()
-        self.flow = flow
+        self.flows = nn.ModuleList(flows)
         self.integers, self.lower, self.upper = integers, lower, upper
         self.description = description
 
@@ -232,15 +234,16 @@ class Table(Configured, nn.Module):
         inside = ((rows > lower) & (rows < upper)).all(1)
         log_prob = rows.new_full((len(rows),), -math.inf)
         if bool(inside.any()):
-            log_prob[inside] = self.flow.log_prob(rows[inside])  # type: ignore[operator]
+            members = [flow.log_prob(rows[inside]) for flow in self.flows]  # type: ignore[operator]
+            log_prob[inside] = torch.stack(members).logsumexp(0) - math.log(len(members))
         return log_prob
 
     def sample(self, num_samples: int, batch_size: int) -> Tensor:
         """Rows, shape (N, D), with integers where there are any."""
-        rows = torch.cat(
-            [
-                self.flow.sample(min(batch_size, num_samples - first))  # type: ignore[operator]
-                for first in range(0, num_samples, batch_size)
-            ]
-        )
+        member = torch.randint(len(self.flows), (num_samples,))
+        rows = torch.empty(num_samples, len(self.integers), dtype=torch.float64)
+        for number, flow in enumerate(self.flows):
+            for places in (member == number).nonzero()[:, 0].split(batch_size):
+                if len(places) > 0:
+                    rows[places] = flow.sample(len(places))  # type: ignore[operator]
         return torch.where(torch.tensor(self.integers), rows.round(), rows)
