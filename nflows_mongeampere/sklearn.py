@@ -222,7 +222,10 @@ class MongeAmpereDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
     @classmethod
     def _of(cls, model: Table) -> MongeAmpereDensity:
         told = json.loads(model.description)
-        self = cls(**told["parameters"])
+        parameters = told["parameters"]
+        if parameters["bounds"] != "auto":  # JSON has no numbers for keys
+            parameters["bounds"] = {int(i): tuple(ends) for i, ends in parameters["bounds"].items()}
+        self = cls(**parameters)
         self.model_, self.columns_ = model, [Column(**column) for column in told["columns"]]
         self.n_features_in_ = len(self.columns_)
         if told["named"]:
@@ -230,6 +233,12 @@ class MongeAmpereDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         self.n_iter_, self.held_out_score_ = told["iterations"], told["held_out"]
         self.solver_error_ = told["solver_error"]
         return self
+
+    def _rename(self, names: Sequence[str]) -> None:
+        """Call columns that came without names by those of their file."""
+        pairs = zip(self.columns_, names, strict=True)
+        self.columns_ = [replace(column, name=name) for column, name in pairs]
+        self.model_.description = json.dumps(self._told())
 
     def _settings(self) -> _Settings:
         hidden, parts, most = self.hidden_features, self.components, self.max_iter
@@ -252,10 +261,10 @@ class MongeAmpereDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         if not isinstance(self.random_state, (int, type(None))):
             parameters["random_state"] = None
         if self.integers != "auto":
-            parameters["integers"] = [c.name for c in self.columns_ if c.integer]
+            parameters["integers"] = [i for i, c in enumerate(self.columns_) if c.integer]
         if self.bounds != "auto":
-            ends = {c.name: (c.lower, c.upper) for c in self.columns_}
-            parameters["bounds"] = {name: pair for name, pair in ends.items() if any_end(pair)}
+            ends = {i: (c.lower, c.upper) for i, c in enumerate(self.columns_)}
+            parameters["bounds"] = {i: pair for i, pair in ends.items() if pair != (None, None)}
         return {
             "parameters": parameters,
             "columns": [vars(column) for column in self.columns_],
@@ -322,11 +331,6 @@ class Column:
     def margin(self, scale: float) -> float:
         """How far beyond the ends there is density, so that values may lie on them."""
         return 0.5 if self.integer else 1e-3 * scale
-
-
-def any_end(ends: tuple[float | None, float | None]) -> bool:
-    """Whether there is an end at all."""
-    return ends[0] is not None or ends[1] is not None
 
 
 def _number(argument: str, column: int | str, names: list[str]) -> int:
