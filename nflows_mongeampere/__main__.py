@@ -168,7 +168,8 @@ def read(
             missing = [n for n, v in zip(names, values, strict=True) if v.lower() in MISSING]
             if missing and not drop_missing:
                 raise ValueError(
-                    f"{path}, line {lines.line_num}: no value for {', '.join(missing)}; fill it in, "
+                    f"{path}, line {lines.line_num}: no value for {', '.join(missing)}; "
+                    "fill it in, "
                     "or leave such rows (fit --drop-missing) or columns (fit --columns) out"
                 )
             if not missing:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from nflows_mongeampere.training.checkpoints import restore
     from nflows_mongeampere.training.divergence import DivergenceError, DivergenceGuard
     from nflows_mongeampere.training.fitting import fit
+    from nflows_mongeampere.training.matching import FlowMatching
     from nflows_mongeampere.training.objectives import MaximumLikelihood, Objective, ReverseKL
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "DivergenceError",
     "DivergenceGuard",
     "EndlessBatches",
+    "FlowMatching",
     "History",
     "MaximumLikelihood",
     "Objective",
@@ -34,6 +36,7 @@ _MODULES = {
     "divergence": ("DivergenceError", "DivergenceGuard"),
     "checkpoints": ("restore",),
     "fitting": ("fit",),
+    "matching": ("FlowMatching",),
     "objectives": ("MaximumLikelihood", "Objective", "ReverseKL"),
 }
 

@@ -41,7 +41,7 @@ def sample_with_score(flow: nn.Module, num_samples: int) -> Scored | None:
     Returns:
         The samples, or None where some Monge-Ampère flow cannot carry the score.
     """
-    layers = [*_towards_data(flow)]
+    layers = [*layers_towards_data(flow)]
     if not all(layer.carries_score for layer, _ in layers if isinstance(layer, Transport)):
         return None
     state = _base(flow, num_samples)
@@ -61,7 +61,7 @@ def _base(flow: Any, num_samples: int) -> Scored:
     return Scored(z, log_prob.detach(), score)
 
 
-def _towards_data(flow: Any) -> Iterator[tuple[nn.Module, bool]]:
+def layers_towards_data(flow: Any) -> Iterator[tuple[nn.Module, bool]]:
     """The layers from noise to data, and whether each is taken by its ``forward``."""
     if hasattr(flow, "_transform"):
         yield from _parts(flow._transform, forward=False)
