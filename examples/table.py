@@ -2,8 +2,8 @@
 
     python examples/table.py --out runs/table
 
-Makes a table of orders with columns of unlike kinds: an amount with a heavy tail, a weight in grams,
-a number of items, a discount between 0 and 1. Fits its density, beside a Gaussian mixture and a
+Makes a table of orders with columns of unlike kinds: an amount with a heavy tail, a weight in
+grams, a number of items, a discount between 0 and 1. Fits its density, beside a Gaussian mixture and a
 kernel density of scikit-learn. Then it looks for wrong orders among new ones: their columns are
 those of true orders, but each of another one, so that no column alone gives them away. Writes
 orders.csv, model.safetensors, results.json, anomalies.png (precision and recall) and corner.png.
@@ -30,6 +30,7 @@ from sklearn.neighbors import KernelDensity
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from nflows_mongeampere.examples.pictures import save_figure
 from nflows_mongeampere.examples.runs import write_results
 from nflows_mongeampere.files import write
 from nflows_mongeampere.sklearn import MongeAmpereDensity
@@ -101,8 +102,7 @@ def draw_precision(scores: dict[str, Array], wrong: NDArray[np.bool_], path: Pat
     axes.axhline(wrong.mean(), color="grey", lw=0.8, label=f"chance: {wrong.mean():.2f}")
     axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
     axes.legend(title="average precision", frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def draw_corner(table: Array, samples: Array, path: Path) -> None:
@@ -140,8 +140,7 @@ def draw_corner(table: Array, samples: Array, path: Path) -> None:
             place.set_ylabel(COLUMNS[i])
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="upper right", frameon=False)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def main(
