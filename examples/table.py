@@ -3,9 +3,9 @@
     python examples/table.py --out runs/table
 
 Makes a table of orders with columns of unlike kinds: an amount with a heavy tail, a weight in
-grams, a number of items, a discount between 0 and 1. Fits its density, beside a Gaussian mixture and a
-kernel density of scikit-learn. Then it looks for wrong orders among new ones: their columns are
-those of true orders, but each of another one, so that no column alone gives them away. Writes
+grams, a number of items, a discount between 0 and 1. Fits its density, beside a Gaussian mixture
+and a kernel density of scikit-learn. Then it looks for wrong orders among new ones: their columns
+are those of true orders, but each of another one, so that no column alone gives them away. Writes
 orders.csv, model.safetensors, results.json, anomalies.png (precision and recall) and corner.png.
 """
 
