@@ -490,8 +490,8 @@ class _Fit:
             iterations.append(reached)
             scores.append(score - float(np.log(self.unit).sum()))
             errors.append(self._choose_steps(flows[-1], judged))
-        lower = (self.centre + self.unit * np.array(self.lower)).tolist()
-        upper = (self.centre + self.unit * np.array(self.upper)).tolist()
+        lower = [-math.inf if c.lower is None else float(c.lower) for c in self.columns]
+        upper = [math.inf if c.upper is None else float(c.upper) for c in self.columns]
         model = Table(flows, [column.integer for column in self.columns], lower, upper)
         return _Fitted(model, iterations, float(np.mean(scores)), float(np.mean(errors)))
 
@@ -564,7 +564,7 @@ class _Fit:
         learnt = [p for part in (layers.tails, layers.splines) for p in part.parameters()]
         if not learnt:
             return layers
-        optimizer, steps = torch.optim.Adam(learnt, lr=3e-2), 150 if len(taught) > 300 else 75
+        optimizer, steps = torch.optim.Adam(learnt, lr=3e-2), 150 if len(taught) > 300 else 60
         for step in range(steps):
             optimizer.param_groups[0]["lr"] = 3e-2 * (1 - 0.8 * step / steps)
             x = taught[torch.randint(len(taught), (2000,))] if len(taught) > 2000 else taught

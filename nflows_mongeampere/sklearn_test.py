@@ -42,7 +42,7 @@ def mixed(rows=300, seed=0):
 @pytest.fixture(scope="module")
 def fitted():
     bounds = {0: (0, None), 2: (0, 1)}
-    return MongeAmpereDensity(bounds=bounds, max_iter=60, random_state=0).fit(mixed())
+    return MongeAmpereDensity(bounds=bounds, max_iter=30, random_state=0).fit(mixed())
 
 
 def test_it_is_better_than_a_normal(fitted):
@@ -78,7 +78,7 @@ def test_samples_have_the_density_of_the_table(fitted):
 
 def test_the_probabilities_of_integers_sum_to_one():
     rng = np.random.default_rng(0)
-    table = rng.poisson(4, size=(400, 1)).astype(float)
+    table = rng.poisson(4, size=(99, 1)).astype(float)
     density = MongeAmpereDensity(max_iter=60, random_state=0).fit(table)
     assert [column.integer for column in density.columns_] == [True]
     probability = np.exp(density.score_samples(np.arange(-5, 40.0)[:, None]))
@@ -87,17 +87,17 @@ def test_the_probabilities_of_integers_sum_to_one():
 
 def test_ends_are_detected():
     rng = np.random.default_rng(0)
-    visibility = np.minimum(rng.normal(9, 2, 400), 10)
-    table = np.stack([visibility, rng.normal(size=400)], axis=1)
+    visibility = np.minimum(rng.normal(9, 2, 99), 10)
+    table = np.stack([visibility, rng.normal(size=99)], axis=1)
     density = MongeAmpereDensity(max_iter=10, random_state=0).fit(table)
     assert [(c.lower, c.upper) for c in density.columns_] == [(None, 10.0), (None, None)]
-    assert density.sample(500)[:, 0].max() < 10.01
+    assert density.sample(500)[:, 0].max() == 10
     assert np.isneginf(density.score_samples([[11.0, 0.0]])).all()
     assert np.isfinite(density.score_samples(table)).all()
 
 
 def test_a_seed_decides_all():
-    table = mixed(120)
+    table = mixed(60)
     state = torch.get_rng_state()
     one, two = (MongeAmpereDensity(max_iter=10, random_state=3).fit(table) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), state)
@@ -152,8 +152,8 @@ def test_pipelines_and_searches():
 
 def test_columns_of_pandas_are_named():
     pandas = pytest.importorskip("pandas")
-    table = pandas.DataFrame(mixed(100), columns=["amount", "count", "share", "far"])
-    density = MongeAmpereDensity(bounds={"share": (0, 1)}, max_iter=5, random_state=0).fit(table)
+    table = pandas.DataFrame(mixed(60), columns=["amount", "count", "share", "far"])
+    density = MongeAmpereDensity(bounds={"share": (0, 1)}, max_iter=1, random_state=0).fit(table)
     assert [column.name for column in density.columns_] == ["amount", "count", "share", "far"]
     assert density.columns_[2].upper == 1
     assert isinstance(density.score_samples(table), np.ndarray)

@@ -231,7 +231,7 @@ class Table(Configured, nn.Module):
     def log_prob(self, rows: Tensor) -> Tensor:
         """The log-density of rows, shape (N,); minus infinity beyond the ends."""
         lower, upper = rows.new_tensor(self.lower), rows.new_tensor(self.upper)
-        inside = ((rows > lower) & (rows < upper)).all(1)
+        inside = ((rows >= lower) & (rows <= upper)).all(1)
         log_prob = rows.new_full((len(rows),), -math.inf)
         if bool(inside.any()):
             members = [flow.log_prob(rows[inside]) for flow in self.flows]  # type: ignore[operator]
@@ -239,11 +239,12 @@ class Table(Configured, nn.Module):
         return log_prob
 
     def sample(self, num_samples: int, batch_size: int) -> Tensor:
-        """Rows, shape (N, D), with integers where there are any."""
+        """Rows, shape (N, D), with integers where there are any, and within the ends."""
         member = torch.randint(len(self.flows), (num_samples,))
         rows = torch.empty(num_samples, len(self.integers), dtype=torch.float64)
         for number, flow in enumerate(self.flows):
             for places in (member == number).nonzero()[:, 0].split(batch_size):
                 if len(places) > 0:
                     rows[places] = flow.sample(len(places))  # type: ignore[operator]
-        return torch.where(torch.tensor(self.integers), rows.round(), rows)
+        rows = torch.where(torch.tensor(self.integers), rows.round(), rows)
+        return rows.clamp(rows.new_tensor(self.lower), rows.new_tensor(self.upper))

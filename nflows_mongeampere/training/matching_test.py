@@ -85,7 +85,7 @@ def test_a_trained_potential_moves_noise_into_the_data(pairs, tmp_path):
     test = gaussian(2000)
     with torch.no_grad():
         divergence = (normal.log_prob(test) - flow.log_prob(test)).mean()
-        assert divergence < 0.06  # a new flow has 1.1
+        assert divergence < 0.1  # a new flow has 1.1
         if pairs == "independent":
             for tau in (0.2, 0.5, 0.8):
                 x = (1 - tau) * torch.randn(500, 2) + tau * gaussian(500)
