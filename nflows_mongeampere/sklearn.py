@@ -51,7 +51,7 @@ JUDGED_ROWS, WATCHED_ROWS = 2000, 200  # of the held-out part
 EVALUATED_ROWS = 4096  # at once
 STEPS, MOST_STEPS = 4, 24  # of the solver, in training
 TRAINING_ERROR = 0.01  # of the solver, in nats
-PATIENCE = 10  # validations without a better one, after which the training ends
+PATIENCE = 8  # validations without a better one, after which the training ends
 MARGINALS = ("affine", "tails", "splines")
 
 
@@ -91,7 +91,7 @@ class MongeAmpereDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
             them None where there is none. ``"auto"`` takes an extreme value for an end where at
             least 2 % of the rows have it. Samples stay within, and rows outside have no density.
         validation_fraction: the part of the rows that is held out.
-        max_iter: most steps of the optimiser; None for three for each row, from 50 to 3,000.
+        max_iter: most steps of the optimiser; None for two for each row, from 50 to 1,500.
         learning_rate: of Adam, at its highest, for the potential; a tenth for the other layers.
         weight_decay: of the potential.
         tolerance: the solver's error, in nats, that log-densities may have on average.
@@ -473,6 +473,7 @@ class _Fit:
 
     def __init__(self, columns: Sequence[Column], settings: _Settings, progress: _Progress) -> None:
         self.columns, self.settings, self.progress = columns, settings, progress
+        self.mixed: bool | None = None  # whether a base of several normals is the better start
 
     def run(self, table: Array) -> _Fitted:
         """Choose by the held-out rows, and fit."""
@@ -496,24 +497,30 @@ class _Fit:
         return _Fitted(model, iterations, float(np.mean(scores)), float(np.mean(errors)))
 
     def _member(self, taught: Tensor, judged: Tensor) -> tuple[_Layers, int, float]:
-        """One flow: from its base of normals, and where rows are few also from a single one."""
+        """One flow, from its base of normals or from a single one.
+
+        Of few rows the first flow is trained from both; the others follow the better one.
+        """
         layers = self._start(taught, judged)
+        single = NormalMixture(taught.shape[1], 1).float()
+        if self.mixed is False:
+            layers.base = single
         bases = [layers.base]
-        if TINY_ROWS <= len(taught) <= FEW_ROWS and layers.base.components > 1:
-            bases.append(NormalMixture(taught.shape[1], 1).float())
-        found = []
+        if self.mixed is None and TINY_ROWS <= len(taught) <= FEW_ROWS:
+            bases.append(single)
+        found, part = [], self.progress.part
         for number, base in enumerate(bases):
             start = copy.deepcopy(layers)
             start.base = base
-            first, length = self.progress.part
-            self.progress.part = first + length * number / len(bases), length / len(bases)
+            self.progress.part = part[0] + part[1] * number / len(bases), part[1] / len(bases)
             found.append(self._train(start, taught, judged))
-            self.progress.part = first, length
-        return max(found, key=lambda one: one[2])
+        best = max(range(len(found)), key=lambda i: found[i][2])
+        self.mixed = best == 0
+        return found[best]
 
     def _limit(self, rows: int) -> int:
         given = self.settings.max_iter
-        return min(3000, max(50, 3 * rows)) if given is None else given
+        return min(1500, max(50, 2 * rows)) if given is None else given
 
     def _scale(self, table: Array) -> None:
         """Median and spread of the columns, and what follows in units of the spread."""
@@ -643,7 +650,7 @@ class _Fit:
         best, kept = self._mean(layers, judged), copy.deepcopy(layers.state_dict())
         reached, stale, limit = 0, 0, self._limit(len(taught))
         batch = min(len(taught), 512 if len(taught) > FEW_ROWS else 128)
-        every = 50 if limit > 200 else 10
+        every = max(10, limit // 24)
         for step in range(1, limit + 1):
             part = step / limit
             factor = min(1.0, step / 50) * 0.5 * (1 + math.cos(math.pi * part))
