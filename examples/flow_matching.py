@@ -17,6 +17,7 @@ import math
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import make_moons
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from nflows_mongeampere import MongeAmpereFlow, refined
 from nflows_mongeampere.convergence import converged
@@ -97,7 +98,7 @@ def train(plan: Plan, seconds: float, seed: int, data: Tensor, aside: Tensor) ->
                 fit(
                     make(kind, flow, steps, seed),
                     batches,
-                    DataLoader(aside, batch_size=len(aside)),
+                    DataLoader(TensorDataset(aside), batch_size=len(aside)),
                     folder,
                     name=kind,
                     callbacks=[SolverGuard(0.01)] if kind == "likelihood" else [],
@@ -105,6 +106,11 @@ def train(plan: Plan, seconds: float, seed: int, data: Tensor, aside: Tensor) ->
             except DivergenceError as error:
                 console.print(f"  {error}")
     return flow
+
+
+def nll_of(flow: MongeAmpereFlow, test: Tensor) -> Tensor:
+    """The mean negative log-density."""
+    return -flow.log_prob(test).mean()
 
 
 def draw(
@@ -144,7 +150,7 @@ def main(
         for name, plan in PLANS.items():
             console.print(f"{name}, seed {seed}")
             flow = flows[name] = train(plan, seconds, seed, data, aside)
-            found = converged(flow, lambda flow=flow: -flow.log_prob(test).mean(), 1e-3)
+            found = converged(flow, partial(nll_of, flow, test), 1e-3)
             results[name].append(
                 {
                     "nll": float(found.figure),

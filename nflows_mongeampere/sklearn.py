@@ -67,7 +67,7 @@ def choose_members(rows: int) -> int:
     return 5 if rows <= 1000 else 3
 
 
-class MongeAmpereDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
+class MongeAmpereDensity(DensityMixin, BaseEstimator):
     r"""The density of a table, by a Monge-Ampère flow.
 
     From a row to noise: each column is scaled, put on the real line if it has ends
@@ -458,7 +458,9 @@ class _Layers(nn.Module):
         parts = (self.splines.unnormalized_widths, self.splines.unnormalized_heights)
         straight = math.log(math.expm1(1 - self.splines.min_derivative))
         slopes = (self.splines.unnormalized_derivatives - straight).square().sum()
-        return slopes + sum((p - p.mean(-1, keepdim=True)).square().sum() for p in parts)
+        bins = [(p - p.mean(-1, keepdim=True)).square().sum() for p in parts]
+        bending: Tensor = slopes + bins[0] + bins[1]
+        return bending
 
     def _through(self, x: Tensor, layers: Sequence[Transform]) -> tuple[Tensor, Tensor]:
         total = x.new_zeros(len(x))
@@ -595,7 +597,7 @@ class _Fit:
     @torch.no_grad()
     def _base(self, layers: _Layers, taught: Tensor, judged: Tensor) -> NormalMixture:
         """As many normals as the held-out rows ask for, by EM."""
-        z = layers.white(self._noisy(taught[: 2 * FEW_ROWS]))[0].double().numpy()
+        z = layers.white(self._noisy(taught[:FEW_ROWS]))[0].double().numpy()
         aside = layers.white(judged[:JUDGED_ROWS])[0].double().numpy()
         best, seed = NormalMixture(z.shape[1], 1), int(torch.randint(2**31, ()))
         score = float(best.log_prob(torch.as_tensor(aside).to(best.means)).mean())

@@ -179,7 +179,8 @@ class NormalMixture(Configured, Distribution):
         y = torch.linalg.solve_triangular(
             self.factors.triu()[chosen], noise, upper=True, left=False
         )
-        return self.means[chosen] + y[:, 0]
+        rows: Tensor = self.means[chosen] + y[:, 0]
+        return rows
 
 
 def whitening(mean: Tensor, covariance: Tensor) -> LULinear:

@@ -51,6 +51,7 @@ from sklearn.neighbors import KernelDensity
 
 from nflows_mongeampere.examples.runs import one_line_errors, write_results
 from nflows_mongeampere.sklearn import MongeAmpereDensity
+from nflows_mongeampere.tabular import NormalMixture
 
 Array = NDArray[np.float64]
 
@@ -102,7 +103,8 @@ TABLES: dict[str, Callable[[], Array]] = {
 def spread(table: Array) -> Array:
     """Each value spread evenly over the smallest gap of its column."""
     noise = np.random.default_rng(0).random(table.shape) - 0.5
-    return table + noise * np.array([smallest_gap(column) for column in table.T])
+    gaps: Array = np.array([smallest_gap(column) for column in table.T])
+    return np.asarray(table + noise * gaps)
 
 
 def smallest_gap(column: Array) -> float:
@@ -153,7 +155,9 @@ def our_score(train: Array, test: Array) -> dict[str, Any]:
         "held_out": density.held_out_score_,
         "solver_error": density.solver_error_,
         "iterations": density.n_iter_,
-        "components": [flow._distribution.components for flow in density.model_.flows],
+        "components": [
+            m.components for m in density.model_.modules() if isinstance(m, NormalMixture)
+        ],
     }
 
 

@@ -110,7 +110,7 @@ class FlowMatching(Objective):
             x = (1 - part) * noise + part * data + self.sigma * torch.randn_like(data)
         self.entries = data[0].numel()
         velocity = transport.potential.gradient(x, tau * transport.time, *context)
-        miss = transport.time * velocity - (data - noise)
+        miss: Tensor = transport.time * velocity - (data - noise)
         return miss.flatten(1).square().sum(1)
 
     def predict_step(self, batch: Any, index: int) -> Tensor:
@@ -130,9 +130,9 @@ class FlowMatching(Objective):
         """Data, and the context if there is one, as the layers see it."""
         if not isinstance(batch, (list, tuple)):
             return batch, []
-        data, context = batch
+        data, *context = batch
         embed = getattr(self.flow, "_embedding_net", None)
-        return data, [context if embed is None else embed(context)]
+        return data, context if embed is None else [embed(part) for part in context]
 
     @torch.no_grad()
     def _noise(self, data: Tensor) -> Tensor:
