@@ -1,0 +1,64 @@
+"""The examples of tables and of flow matching run to the end and write what they promise."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nflows_mongeampere.sklearn import MongeAmpereDensity
+
+pytestmark = pytest.mark.long
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(script, *options):
+    command = [sys.executable, EXAMPLES / script, *map(str, options)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_table_finds_wrong_orders(tmp_path):
+    done = run("table.py", "--rows", 300, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    models = json.loads((tmp_path / "results.json").read_text())["models"]
+    assert len(models) == 3
+    ours = models["MongeAmpereDensity"]
+    assert ours["log_likelihood"] > models["KernelDensity, CV"]["log_likelihood"]
+    assert ours["average_precision"] > 0.1  # 0.03 is chance
+    for name in ("anomalies.png", "corner.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    density = MongeAmpereDensity.load(tmp_path / "model.safetensors")
+    rows = np.loadtxt(tmp_path / "orders.csv", delimiter=",", skiprows=1)
+    assert np.isfinite(density.score_samples(rows)).all()
+
+
+def test_benchmark_of_tables_is_taken_up_again(tmp_path):
+    options = ("--table", "wine", "--rows", 60, "--out", tmp_path)
+    done = run("benchmarks/tables.py", *options, "--splits", 1)
+    assert done.returncode == 0, done.stderr
+    first = json.loads((tmp_path / "results.json").read_text())["tables"]["wine"]
+    assert first["shape"] == [60, 13]
+    assert [*first["splits"]] == ["0"]
+    for found in first["splits"]["0"].values():
+        assert -40 < found["score"] < -5
+    assert run("benchmarks/tables.py", *options, "--splits", 2).returncode == 0
+    both = json.loads((tmp_path / "results.json").read_text())["tables"]["wine"]
+    assert both["splits"]["0"] == first["splits"]["0"]  # seconds included: it was not run again
+    assert [*both["splits"]] == ["0", "1"]
+    wrong = run("benchmarks/tables.py", "--table", "iris", "--out", tmp_path)
+    assert wrong.returncode == 2
+    assert "--table: got iris" in wrong.stderr
+
+
+def test_flow_matching_beside_likelihood(tmp_path):
+    done = run("flow_matching.py", "--seconds", 1, "--seeds", 1, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert len(results) == 4
+    for runs in results.values():
+        assert 1.5 < runs[0]["nll"] < 2.9  # the entropy of the moons; a standard normal has 2.84
+        assert runs[0]["solver_error"] < 0.01
+    assert (tmp_path / "flow_matching.png").read_bytes().startswith(b"\x89PNG")
