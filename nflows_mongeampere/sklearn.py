@@ -91,7 +91,8 @@ class MongeAmpereDensity(DensityMixin, BaseEstimator):
             them None where there is none. ``"auto"`` takes an extreme value for an end where at
             least 2 % of the rows have it. Samples stay within, and rows outside have no density.
         validation_fraction: the part of the rows that is held out.
-        max_iter: most steps of the optimiser; None for two for each row, from 50 to 1,500.
+        max_iter: most steps of the optimiser for each flow; None for two for each row, from 50 to 600
+            where there are several flows, and 1,500 for a single one.
         learning_rate: of Adam, at its highest, for the potential; a tenth for the other layers.
         weight_decay: of the potential.
         tolerance: the solver's error, in nats, that log-densities may have on average.
@@ -522,7 +523,8 @@ class _Fit:
 
     def _limit(self, rows: int) -> int:
         given = self.settings.max_iter
-        return min(1500, max(50, 2 * rows)) if given is None else given
+        most = 600 if rows <= FEW_ROWS else 1500
+        return min(most, max(50, 2 * rows)) if given is None else given
 
     def _scale(self, table: Array) -> None:
         """Median and spread of the columns, and what follows in units of the spread."""
