@@ -145,7 +145,7 @@ def draw_corner(table: Array, samples: Array, path: Path) -> None:
 
 def main(
     out: Annotated[Path, typer.Option(help="Folder for what is written.")] = Path("runs/table"),
-    rows: Annotated[int, typer.Option(min=100, help="Orders to learn from.")] = 2000,
+    rows: Annotated[int, typer.Option(min=100, help="Orders to learn from.")] = 1500,
 ) -> None:
     """Fit the density of a table, score new rows, draw samples."""
     torch.set_num_threads(1)

@@ -91,8 +91,8 @@ class MongeAmpereDensity(DensityMixin, BaseEstimator):
             them None where there is none. ``"auto"`` takes an extreme value for an end where at
             least 2 % of the rows have it. Samples stay within, and rows outside have no density.
         validation_fraction: the part of the rows that is held out.
-        max_iter: most steps of the optimiser for each flow; None for two for each row, from 50 to 600
-            where there are several flows, and 1,500 for a single one.
+        max_iter: most steps of the optimiser for each flow; None for two for each row, from 50 to
+            600, and for 1,500 where there are more than 5,000 rows.
         learning_rate: of Adam, at its highest, for the potential; a tenth for the other layers.
         weight_decay: of the potential.
         tolerance: the solver's error, in nats, that log-densities may have on average.
