@@ -94,7 +94,7 @@ class MongeAmpereDensity(DensityMixin, BaseEstimator):
         max_iter: most steps of the optimiser for each flow; None for two for each row, from 50 to
             600, and for 1,500 where there are more than 5,000 rows.
         learning_rate: of Adam, at its highest, for the potential; a tenth for the other layers.
-        weight_decay: of the potential.
+        weight_decay: of the potential, up to 1,000 rows; of more in proportion less.
         tolerance: the solver's error, in nats, that log-densities may have on average.
         random_state: of everything that is random.
         verbose: whether a progress bar is shown (by rich).
@@ -599,9 +599,11 @@ class _Fit:
     @torch.no_grad()
     def _base(self, layers: _Layers, taught: Tensor, judged: Tensor) -> NormalMixture:
         """As many normals as the held-out rows ask for, by EM."""
-        z = layers.white(self._noisy(taught[:FEW_ROWS]))[0].double().numpy()
+        rows = layers.white(self._noisy(taught[: 4 * FEW_ROWS]))[0].double().numpy()
+        z = rows[:FEW_ROWS]
         aside = layers.white(judged[:JUDGED_ROWS])[0].double().numpy()
         best, seed = NormalMixture(z.shape[1], 1), int(torch.randint(2**31, ()))
+        chosen: GaussianMixture | None = None
         score = float(best.log_prob(torch.as_tensor(aside).to(best.means)).mean())
         for covariance in ("full", "diag"):
             worse = 0
@@ -613,12 +615,24 @@ class _Fit:
                     warnings.simplefilter("ignore")  # EM need not end: training goes on
                     value = float(mixture.fit(z).score(aside))
                 if value > score:
-                    best, score, worse = _base_of(mixture), value, 0
+                    chosen, score, worse = mixture, value, 0
                 else:
                     worse += 1
                 if worse == 2:
                     break
-        return best
+        if chosen is None:
+            return best
+        if len(rows) > len(z):  # the choice was made on a part of them
+            chosen.set_params(
+                means_init=chosen.means_,
+                weights_init=chosen.weights_,
+                precisions_init=chosen.precisions_,
+                max_iter=15,
+            )
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                chosen.fit(rows)
+        return _base_of(chosen)
 
     def _counts(self, rows: int) -> Sequence[int]:
         if self.settings.components is not None:
@@ -646,7 +660,10 @@ class _Fit:
         rate = settings.learning_rate
         optimizer = torch.optim.AdamW(
             [
-                {"params": [*transform.parameters()], "weight_decay": settings.weight_decay},
+                {
+                    "params": [*transform.parameters()],
+                    "weight_decay": settings.weight_decay * min(1.0, 1000 / len(taught)),
+                },
                 {"params": others, "weight_decay": 0.0},
             ],
             lr=rate,
