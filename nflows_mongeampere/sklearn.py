@@ -94,7 +94,7 @@ class MongeAmpereDensity(DensityMixin, BaseEstimator):
         max_iter: most steps of the optimiser for each flow; None for two for each row, from 50 to
             600, and for 1,500 where there are more than 5,000 rows.
         learning_rate: of Adam, at its highest, for the potential; a tenth for the other layers.
-        weight_decay: of the potential, up to 1,000 rows; of more in proportion less.
+        weight_decay: of the potential; of more than 5,000 rows a part, 1,000 over their number.
         tolerance: the solver's error, in nats, that log-densities may have on average.
         random_state: of everything that is random.
         verbose: whether a progress bar is shown (by rich).
@@ -658,11 +658,12 @@ class _Fit:
         layers.flow = transform.float()
         others = [p for name, p in layers.named_parameters() if not name.startswith("flow.")]
         rate = settings.learning_rate
+        prior = 1.0 if len(taught) <= FEW_ROWS else 1000 / len(taught)
         optimizer = torch.optim.AdamW(
             [
                 {
                     "params": [*transform.parameters()],
-                    "weight_decay": settings.weight_decay * min(1.0, 1000 / len(taught)),
+                    "weight_decay": settings.weight_decay * prior,
                 },
                 {"params": others, "weight_decay": 0.0},
             ],
