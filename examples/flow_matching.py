@@ -170,7 +170,12 @@ def main(
     for name, runs in results.items():
         scores = [run["nll"] for run in runs]
         error = statistics.stdev(scores) / math.sqrt(seeds) if seeds > 1 else math.nan
-        shown.add_row(name, f"{statistics.mean(scores):.3f} ± {error:.3f}")
+        shown.add_row(
+            name,
+            f"{statistics.mean(scores):.3f} ± {error:.3f}"
+            if seeds > 1
+            else f"{statistics.mean(scores):.3f}",
+        )
     console.print(shown)
 
 
