@@ -117,7 +117,7 @@ def draw(
     flows: dict[str, MongeAmpereFlow], data: Tensor, nll: dict[str, float], path: Path
 ) -> None:
     """The data, and the density of each flow."""
-    figure, axes = plt.subplots(1, 1 + len(flows), figsize=(13, 3), layout="constrained")
+    figure, axes = plt.subplots(1, 1 + len(flows), figsize=(13, 3.4))
     ends = (-2.6, 2.6)
     axes[0].plot(*data[:2000].T, ".", ms=1.5, color="black")
     axes[0].set_title("data", fontsize=9)
@@ -130,6 +130,7 @@ def draw(
         axis.set_title(f"{name}\ntest NLL {nll[name]:.3f}", fontsize=9)
     for axis in axes:
         axis.set(xlim=ends, ylim=ends, xticks=[], yticks=[], aspect="equal")
+    figure.subplots_adjust(0.005, 0.01, 0.995, 0.84, wspace=0.03)
     save_figure(figure, path)
 
 
