@@ -61,3 +61,7 @@ class Average(nn.Module):
             )
         rows = fields.reshape(-1, self.group.features)
         return self.group.act(rows).mean(0).view_as(fields)
+
+    def right_inverse(self, fields: Tensor) -> Tensor:
+        """What is kept where a parameter is set: the value itself, symmetric or not."""
+        return fields

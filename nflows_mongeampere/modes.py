@@ -9,7 +9,7 @@ from torch.nn.utils.parametrize import register_parametrization
 
 from nflows_mongeampere import validation
 from nflows_mongeampere.averages import Average
-from nflows_mongeampere.groups import point_group
+from nflows_mongeampere.groups import Group, point_group
 
 
 class LatticeModes(Transform):
@@ -17,11 +17,11 @@ class LatticeModes(Transform):
 
     From data to noise it maps
 
-    .. math:: \hat x_k \mapsto e^{-s_k} \hat x_k, \qquad
+    .. math:: \hat x_k \mapsto e^{-s_k} (\widehat{x - m})_k, \qquad
               \ln\left|\frac{dz}{dx}\right| = -\sum_k s_k,
 
-    with one scale :math:`s_k` for each mode. They are learned with the point group of the lattice:
-    modes that a rotation or reflection exchanges have the same scale. Before a standard normal it
+    with one scale :math:`s_k` for each mode and one mean m for all sites. They are learned with the
+    point group of the lattice: modes that a rotation or reflection exchanges have the same scale. Before a standard normal it
     makes the Gaussian whose modes have the variances :math:`e^{2 s_k}`, which is any Gaussian with
     the symmetries of the lattice: its covariance is circulant, and the Fourier transform
     diagonalises it.
@@ -30,12 +30,14 @@ class LatticeModes(Transform):
     <https://doi.org/10.1561/0100000006>`_, chapter 3.
 
     Args:
-        log_scale: :math:`s` at the start, shape (L, M), in the order of :func:`torch.fft.fft2`;
-            what the point group does not leave alone is averaged.
+        log_scale: :math:`s` at the start, of the shape of the lattice, in the order of
+            :func:`torch.fft.fftn`; what the group does not leave alone is averaged.
+        mean: m at the start, or None for a mean that stays zero.
+        group: which modes have the same scale; the point group of the lattice unless given.
 
     Raises:
         TypeError: if ``log_scale`` is no tensor of floating-point numbers.
-        ValueError: if it is not two-dimensional.
+        ValueError: if it has no dimension.
 
     Example:
         >>> import torch
@@ -47,40 +49,48 @@ class LatticeModes(Transform):
         torch.Size([2])
     """
 
-    def __init__(self, log_scale: Tensor) -> None:
+    def __init__(
+        self, log_scale: Tensor, mean: float | None = None, group: Group | None = None
+    ) -> None:
         super().__init__()
         if not isinstance(log_scale, Tensor) or not log_scale.is_floating_point():
             raise TypeError(
                 f"log_scale: got {validation.describe(log_scale)}, expected a floating-point "
-                "tensor of shape (L, M)"
+                "tensor in the shape of the lattice"
             )
-        if log_scale.dim() != 2:
+        if log_scale.dim() == 0:
             raise ValueError(
-                f"log_scale: got shape {tuple(log_scale.shape)}, expected (L, M), the sides of "
-                "the lattice"
+                "log_scale: got shape (), expected that of the lattice, such as (L, M)"
             )
+        self.group = point_group(tuple(log_scale.shape)) if group is None else group
         self.log_scale = nn.Parameter(log_scale.detach().clone())
-        register_parametrization(self, "log_scale", Average(point_group(tuple(log_scale.shape))))
+        register_parametrization(self, "log_scale", Average(self.group))
+        self.mean: nn.Parameter | None = None
+        if mean is not None:
+            self.mean = nn.Parameter(log_scale.new_tensor(validation.number("mean", mean)))
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         r"""Data to noise.
 
         Args:
-            inputs: fields, shape (B, ...) with L·M entries in each row, in C order.
+            inputs: fields, shape (B, ...) with a number for each site in each row, in C order.
             context: ignored.
 
         Returns:
             Noise in the shape of ``inputs``, and :math:`\ln|dz/dx|` in nats, shape (B,).
         """
-        return self._stretch(inputs, -self.log_scale)
+        centred = inputs if self.mean is None else inputs - self.mean
+        return self._stretch(centred, -self.log_scale)
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         r"""Noise to data, with :math:`\ln|dx/dz|`; arguments as in :meth:`forward`."""
-        return self._stretch(inputs, self.log_scale)
+        outputs, logabsdet = self._stretch(inputs, self.log_scale)
+        return outputs if self.mean is None else outputs + self.mean, logabsdet
 
     def _stretch(self, inputs: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
         sides = log_scale.shape
-        modes = torch.fft.rfft2(inputs.reshape(-1, *sides))
-        modes = modes * log_scale.exp()[:, : modes.shape[-1]]
-        outputs = torch.fft.irfft2(modes, s=sides).view_as(inputs)
+        dims = tuple(range(-len(sides), 0))
+        modes = torch.fft.rfftn(inputs.reshape(-1, *sides), dim=dims)
+        modes = modes * log_scale.exp()[..., : modes.shape[-1]]
+        outputs = torch.fft.irfftn(modes, s=sides, dim=dims).view_as(inputs)
         return outputs, log_scale.sum().expand(len(inputs))

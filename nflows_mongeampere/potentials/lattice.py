@@ -138,7 +138,9 @@ class LatticePotential(ClosedFormPotential):
         if self.features <= DENSE_SITES:
             kernels = weight[:, self._places].flatten(0, 1)
         else:
-            kernels = torch.fft.rfftn(weight.unflatten(1, self.shape), dim=_sides(self.shape)).conj()
+            kernels = torch.fft.rfftn(
+                weight.unflatten(1, self.shape), dim=_sides(self.shape)
+            ).conj()
         return SiteTensors(kernels, self._coefficients(context), weight.square().sum(1))
 
     def _coefficients(self, context: Tensor | None) -> Tensor:
@@ -294,7 +296,9 @@ class SiteDynamics(Dynamics):
             total[m].add_(part.sum((1, 2) if shared else 1, keepdim=True))
             if not self._even:
                 # the slope of q^m is 2m p^(2m - 1) (1 - q)
-                part = odd_force if dip is None or m == 0 else torch.add(odd_force, dip, alpha=2 * m)
+                part = (
+                    odd_force if dip is None or m == 0 else torch.add(odd_force, dip, alpha=2 * m)
+                )
                 total[powers + m].add_(part.sum((1, 2) if shared else 1, keepdim=True))
                 odd_force = odd_force * q
                 dip = dip if dip is None or m == 0 else dip * q

@@ -10,7 +10,11 @@ from scipy import integrate
 from torch import Tensor
 
 from nflows_mongeampere.targets import CRITICAL_TEMPERATURE, Ising, Phi4
-from nflows_mongeampere.targets.ising import _open_log_partition, _periodic_log_partition
+from nflows_mongeampere.targets.ising import (
+    _open_log_partition,
+    _periodic_log_partition,
+    _transfer_log_partition,
+)
 
 BOUNDARIES = ["periodic", "open"]
 TEMPERATURES = [0.7, CRITICAL_TEMPERATURE, 5.0]
@@ -26,12 +30,16 @@ def bonds(length: int, boundary: str) -> list[tuple[int, int]]:
     return found
 
 
-def coupling_matrix(length: int, temperature: float, boundary: str) -> Tensor:
-    """K, bond by bond."""
+def coupling_matrix(
+    length: int, temperature: float, boundary: str, couplings: tuple[float, float] = (1.0, 1.0)
+) -> Tensor:
+    """K, bond by bond: each site's bond along the first axis comes before that along the second."""
     matrix = torch.zeros(length**2, length**2, dtype=torch.float64)
     for i, j in bonds(length, boundary):
-        matrix[i, j] += 1 / temperature
-        matrix[j, i] += 1 / temperature
+        # a bond between columns stays in its row
+        coupling = couplings[1] if i // length == j // length else couplings[0]
+        matrix[i, j] += coupling / temperature
+        matrix[j, i] += coupling / temperature
     return matrix
 
 
@@ -40,12 +48,19 @@ def all_spins(sites: int) -> Tensor:
     return 2.0 * (codes[:, None] >> torch.arange(sites) & 1).double() - 1
 
 
-def enumerated_free_energy(length: int, temperature: float, boundary: str) -> float:
+def enumerated_free_energy(
+    length: int,
+    temperature: float,
+    boundary: str,
+    couplings: tuple[float, float] = (1.0, 1.0),
+    field: float = 0.0,
+) -> float:
     """-ln Z for each site by the sum over all spins, and the determinant of a matrix."""
     sites = length**2
-    K = coupling_matrix(length, temperature, boundary)
+    K = coupling_matrix(length, temperature, boundary, couplings)
     spins = all_spins(sites)
-    log_sum = torch.logsumexp(0.5 * ((spins @ K) * spins).sum(1), 0).item()
+    log_weights = 0.5 * ((spins @ K) * spins).sum(1) + field / temperature * spins.sum(1)
+    log_sum = torch.logsumexp(log_weights, 0).item()
     alpha = 0.1 - torch.linalg.eigvalsh(K).min().item()
     matrix = K + alpha * torch.eye(sites, dtype=torch.float64)
     volume = 0.5 * (sites * math.log(2 * math.pi) + torch.linalg.slogdet(matrix)[1].item())
@@ -59,6 +74,23 @@ def test_free_energy_is_that_of_enumeration(length, boundary, temperature):
     target = Ising(length, temperature, boundary)
     expected = enumerated_free_energy(length, temperature, boundary)
     assert target.free_energy == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("field", [0.0, -0.4])
+@pytest.mark.parametrize("couplings", [(1.0, 0.3), (-1.0, -1.0), (-0.5, 1.0), (0.0, 1.0)], ids=str)
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+@pytest.mark.parametrize("length", [2, 3, 4])
+def test_free_energy_of_the_variants_is_that_of_enumeration(length, boundary, couplings, field):
+    target = Ising(length, 1.3, boundary, couplings=couplings, field=field)
+    expected = enumerated_free_energy(length, 1.3, boundary, couplings, field)
+    assert target.free_energy == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("couplings", [(1.0, 0.2), (0.3, 1.0), (-1.0, 1.0)], ids=str)
+def test_kaufmans_formula_is_the_transfer_matrix(couplings):
+    first, second = (J / 2.0 for J in couplings)
+    found = -64 * Ising(8, 2.0, couplings=couplings).spin_free_energy
+    assert found == pytest.approx(_transfer_log_partition(8, first, second, 0.0), abs=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -97,22 +129,23 @@ def test_free_energy_comes_to_onsagers():
 def test_an_open_lattice_has_less_free_energy_to_spare(length):
     """Removing bonds costs at most their energy, and lowers the sum over the spins."""
     kappa = 1 / CRITICAL_TEMPERATURE
-    open_, periodic = _open_log_partition(length, kappa), _periodic_log_partition(length, kappa)
+    open_ = _open_log_partition(length, kappa, kappa)
+    periodic = _periodic_log_partition(length, kappa, kappa)
     assert open_ < periodic < open_ + 2 * length * kappa
 
 
 def test_an_open_lattice_of_decoupled_spins_is_free():
-    assert _open_log_partition(5, 0.0) == pytest.approx(25 * math.log(2), abs=1e-12)
+    assert _open_log_partition(5, 0.0, 0.0) == pytest.approx(25 * math.log(2), abs=1e-12)
 
 
 @pytest.mark.parametrize("boundary", BOUNDARIES)
 def test_log_prob_is_the_definition(boundary):
-    target = Ising(3, 1.7, boundary)
-    K = coupling_matrix(3, 1.7, boundary)
+    target = Ising(3, 1.7, boundary, couplings=(1.0, -0.6), field=0.4)
+    K = coupling_matrix(3, 1.7, boundary, (1.0, -0.6))
     alpha = 0.1 - torch.linalg.eigvalsh(K).min()
     precision = torch.linalg.inv(K + alpha * torch.eye(9, dtype=torch.float64))
     x = 3 * torch.randn(20, 9, dtype=torch.float64)
-    expected = -0.5 * ((x @ precision) * x).sum(1) + x.cosh().log().sum(1)
+    expected = -0.5 * ((x @ precision) * x).sum(1) + (x + 0.4 / 1.7).cosh().log().sum(1)
     torch.testing.assert_close(target.log_prob(x), expected)
     torch.testing.assert_close(target.log_prob(x.view(20, 3, 3)), expected)
     torch.testing.assert_close(target.log_prob(x.float()), expected.float(), rtol=1e-4, atol=1e-4)
@@ -197,6 +230,9 @@ def test_phi4_is_its_action():
         ({"temperature": -1.0}, ValueError, r"temperature: got -1\.0"),
         ({"temperature": 5e-324}, ValueError, "temperature: got 5e-324, at which the coupling"),
         ({"temperature": "hot"}, TypeError, "temperature: got 'hot'"),
+        ({"couplings": 1.0}, TypeError, r"couplings: got 1\.0, expected two numbers"),
+        ({"couplings": (1.0, math.nan)}, ValueError, r"couplings\[1\]: got nan"),
+        ({"field": math.inf}, ValueError, "field: got inf"),
         ({"boundary": "free"}, ValueError, "boundary: got 'free', expected one of 'periodic'"),
     ],
 )
@@ -234,3 +270,5 @@ def test_fields_of_another_lattice_are_refused():
         Ising(4).log_prob([1.0])
     with pytest.raises(ValueError, match="length: got 21; the exact free energy of an open"):
         _ = Ising(21, boundary="open").free_energy
+    with pytest.raises(ValueError, match="length: got 13; the exact free energy of a periodic"):
+        _ = Ising(13, field=1.0).free_energy

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from normflows.distributions import Target
@@ -22,6 +23,7 @@ class Lattice(Target):
 
     Attributes:
         sites: L², the number of entries of one field.
+        shape: (L, L).
     """
 
     def __init__(self, length: int, boundary: str) -> None:
@@ -29,6 +31,7 @@ class Lattice(Target):
         self.length = validation.integer("length", length, minimum=2)
         self.boundary = validation.choice("boundary", boundary, BOUNDARIES)
         self.sites = self.length**2
+        self.shape = (self.length, self.length)
 
     def field(self, x: Tensor) -> Tensor:
         """A checked batch as fields, shape (B, L, L)."""
@@ -45,16 +48,16 @@ class Lattice(Target):
         """A log-density, -infinity where finite fields are so large that its terms overflow."""
         return log_prob.nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
 
-    def neighbour_products(self, field: Tensor) -> Tensor:
-        """The sum of f(i) f(j) over the bonds of each field, shape (B,)."""
+    def neighbour_products(self, field: Tensor, weights: Sequence[float] = (1.0, 1.0)) -> Tensor:
+        """The sum of f(i) f(j) over the bonds, with a weight for each axis, shape (B,)."""
         total = field.new_zeros(len(field))
-        for dimension in (1, 2):
+        for dimension, weight in enumerate(weights, 1):
             if self.boundary == "periodic":
                 products = field * field.roll(-1, dimension)
             else:
                 ends = self.length - 1
                 products = field.narrow(dimension, 0, ends) * field.narrow(dimension, 1, ends)
-            total = total + products.flatten(1).sum(1)
+            total = total + weight * products.flatten(1).sum(1)
         return total
 
 

@@ -1,0 +1,349 @@
+"""Flows for fields on a periodic lattice, with the symmetries of their action.
+
+An action of your own, from nothing to its free energy::
+
+    target = LatticeAction((8, 8), action)  # action: fields (B, 8, 8) -> (B,)
+    flow = LatticeFlow.towards(target)  # has its symmetries, starts at its best Gaussian
+    train(flow, target, "runs/mine", minutes=1)
+    samples = weigh(flow, target, 10_000)
+    print(samples.corrected_free_energy, samples.effective_sample_size)
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from nflows.flows import Flow
+from nflows.transforms import CompositeTransform
+from torch import Tensor, nn
+
+from nflows_mongeampere import validation
+from nflows_mongeampere.flow import Noise
+from nflows_mongeampere.groups import Group, lattice_shape, point_group
+from nflows_mongeampere.modes import LatticeModes
+from nflows_mongeampere.potentials import LatticePotential
+from nflows_mongeampere.targets import LatticeAction as LatticeAction
+from nflows_mongeampere.transform import MongeAmpereTransform
+from nflows_mongeampere.variational import target_log_prob
+from nflows_mongeampere.variational import weigh as weigh
+
+if TYPE_CHECKING:
+    from nflows_mongeampere.training import History
+
+# Two actions are the same if they differ by less than this part of their size, in float32.
+SAME = 1e-4
+
+# Fields on which the best Gaussian is found; half of them are the negatives of the others.
+GAUSSIAN_FIELDS = 512
+
+# Steps of a training between two validations, and the solver's error that its guard allows for
+# each site, in nats.
+INTERVAL, GUARDED = 50, 5e-4
+
+
+class LatticeFlow(Flow):
+    r"""A flow for fields on a periodic lattice, with the symmetries of the lattice exactly.
+
+    Noise goes through Monge-Ampère flows of :class:`~nflows_mongeampere.LatticePotential`, then
+    its Fourier modes are stretched (:class:`~nflows_mongeampere.modes.LatticeModes`). Everything an
+    :class:`nflows.flows.Flow` can do: ``log_prob``, ``sample``, ``sample_and_log_prob``.
+
+    Args:
+        shape: of the lattice, in any number of dimensions.
+        pieces: Monge-Ampère flows, one after the other.
+        kernels: of each.
+        powers: functions of each parity for each kernel.
+        even: whether the density of :math:`-\phi` is that of :math:`\phi`; else the flow has a mean
+            too.
+        group: the symmetries besides translations (and the sign), which keep the first site; the
+            point group of the lattice unless given.
+        context_features: width of the context, or None.
+        **transport: ``time``, ``steps``, ``solver``, ... as in
+            :class:`~nflows_mongeampere.MongeAmpereTransform`; ``steps`` is 1 unless given.
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit.
+
+    Example:
+        >>> import torch
+        >>> from nflows_mongeampere.lattices import LatticeFlow
+        >>> flow = LatticeFlow((4, 4))
+        >>> flow.sample(3).shape
+        torch.Size([3, 16])
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        *,
+        pieces: int = 6,
+        kernels: int = 4,
+        powers: int = 3,
+        even: bool = True,
+        group: Group | None = None,
+        context_features: int | None = None,
+        **transport: Any,
+    ) -> None:
+        sides = lattice_shape("shape", shape)
+        group = point_group(sides) if group is None else group
+        settings: dict[str, Any] = {"powers": powers, "even": even, "group": group}
+        count = validation.integer("pieces", pieces)
+        transforms = [
+            MongeAmpereTransform(
+                LatticePotential(sides, kernels, context_features=context_features, **settings),
+                **{"steps": 1, **transport},
+            )
+            for _ in range(count)
+        ]
+        modes = LatticeModes(torch.zeros(sides), None if even else 0.0, group)
+        base = Noise([math.prod(sides)], modes)
+        super().__init__(CompositeTransform([modes, *transforms]), base)
+
+    @classmethod
+    def towards(cls, target: Any, **settings: Any) -> LatticeFlow:
+        """A flow with the symmetries of a target, which starts at its best Gaussian.
+
+        Args:
+            target: a :class:`~nflows_mongeampere.targets.LatticeAction`, or any object with
+                ``log_prob`` and the ``shape`` of the lattice.
+            **settings: of the class, other than ``shape``, ``even`` and ``group``.
+
+        Raises:
+            TypeError: if ``target`` lacks one of these.
+            ValueError: if translations change its log-density, or it is NaN or infinite.
+        """
+        found = symmetries(target)
+        flow = cls(_shape(target), even=found.even, group=found.group, **settings)
+        log_scale, mean = best_gaussian(target, found)
+        with torch.no_grad():
+            flow.modes.log_scale = log_scale
+            if flow.modes.mean is not None:
+                flow.modes.mean.fill_(mean)
+        return flow
+
+    @property
+    def modes(self) -> LatticeModes:
+        """The last transform before the data, which makes the Gaussian that the flow starts at."""
+        modes: LatticeModes = self._transform._transforms[0]
+        return modes
+
+    @property
+    def pieces(self) -> list[MongeAmpereTransform]:
+        """The Monge-Ampère flows, from data to noise."""
+        return list(self._transform._transforms)[1:]
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments that build a flow like this one, without what it has learnt."""
+        transport = self.pieces[0].arguments()
+        potential = transport.pop("potential").arguments()
+        return {**potential, "pieces": len(self.pieces), **transport}
+
+
+class Symmetries(NamedTuple):
+    """What leaves a target on a periodic lattice alone, besides translations.
+
+    Attributes:
+        even: whether a change of the sign does.
+        group: the rotations and reflections that do, and keep the first site.
+    """
+
+    even: bool
+    group: Group
+
+
+@torch.no_grad()
+def symmetries(target: Any) -> Symmetries:
+    """Find the symmetries of a target, by its log-density at a few random fields.
+
+    Args:
+        target: an object with ``log_prob`` and ``shape``.
+
+    Raises:
+        TypeError: if ``target`` lacks one of these.
+        ValueError: if translations change its log-density.
+    """
+    shape = _shape(target)
+    generator = torch.Generator().manual_seed(0)
+    fields = torch.randn(4, *shape, generator=generator)
+    expected = target_log_prob(target, fields.flatten(1))
+
+    def kept(images: Tensor) -> bool:
+        found = target_log_prob(target, images.flatten(1))
+        return bool(((found - expected).abs() <= SAME * (1 + expected.abs())).all())
+
+    for dimension in range(1, len(shape) + 1):
+        if not kept(fields.roll(1, dimension)):
+            raise ValueError(
+                f"target: its log-density changes when fields move by a site along dimension "
+                f"{dimension - 1} of {shape}, expected a periodic lattice; use a MongeAmpereFlow "
+                "for any other"
+            )
+    sites = torch.arange(fields[0].numel()).reshape(shape)
+    flips = [sites.flip(d).roll(1, d) for d in range(len(shape))]
+    every = range(len(shape))
+    moves = [
+        *flips,
+        *(
+            sites.transpose(d, e)
+            for d, e in itertools.combinations(every, 2)
+            if shape[d] == shape[e]
+        ),
+        sites.flip([*every]).roll([1] * len(shape), [*every]),
+    ]
+    rows = fields.flatten(1)
+    group = Group.generated_by(
+        [sites.flatten(), *(m.flatten() for m in moves if kept(rows[:, m.flatten()]))]
+    )
+    return Symmetries(kept(-fields), group)
+
+
+def best_gaussian(target: Any, found: Symmetries | None = None) -> tuple[Tensor, float]:
+    r"""The Gaussian of lowest variational free energy, with the symmetries of a target.
+
+    .. math:: F(s, m) = -\sum_k s_k - \Big\langle \ln \pi\big(m + U^\dagger e^{s} U \xi\big)
+              \Big\rangle_{\xi \sim \mathcal{N}(0, 1)}
+
+    with U the Fourier transform, is minimised by L-BFGS on the same few hundred :math:`\xi`.
+
+    Args:
+        target: an object with ``log_prob`` and ``shape``.
+        found: its symmetries, or None to look for them.
+
+    Returns:
+        The logarithms s of the standard deviations of the Fourier modes, in the shape of the
+        lattice, and the mean m, 0 where the target is even.
+
+    Raises:
+        ValueError: if the log-density is NaN or infinite on the way.
+    """
+    found = symmetries(target) if found is None else found
+    shape = _shape(target)
+    modes = LatticeModes(torch.zeros(shape), None if found.even else 0.0, found.group)
+    noise = torch.randn(
+        GAUSSIAN_FIELDS // 2, math.prod(shape), generator=torch.Generator().manual_seed(0)
+    )
+    noise = torch.cat([noise, -noise])
+    optimizer = torch.optim.LBFGS(modes.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+
+    def free_energy() -> Tensor:
+        optimizer.zero_grad()
+        x, logabsdet = modes.inverse(noise)
+        loss = -(target_log_prob(target, x) + logabsdet).mean()
+        loss.backward()
+        return loss
+
+    lowest = optimizer.step(free_energy)
+    if not bool(torch.isfinite(torch.as_tensor(lowest))) or not bool(
+        modes.log_scale.isfinite().all()
+    ):
+        raise ValueError(
+            "target: NaN or infinite on the way to the best Gaussian; check that its action is "
+            "finite and bounded below"
+        )
+    mean = 0.0 if modes.mean is None else modes.mean.item()
+    return modes.log_scale.detach(), mean
+
+
+def make_optimizer(flow: nn.Module, learning_rate: float = 3e-2) -> torch.optim.Optimizer:
+    r"""Adam for a :class:`LatticeFlow`, with learning rates that suit the size of the lattice.
+
+    Args:
+        flow: what is trained.
+        learning_rate: of the amplitudes of an 8 x 8 lattice. Larger ones learn more slowly, as
+            :math:`1 / \sqrt{D}`; kernels and modes, which have D entries, at a third of that.
+    """
+    named = dict(flow.named_parameters())
+    amplitudes = [p for name, p in named.items() if name.endswith(("amplitude", "context_weight"))]
+    chosen = {id(p) for p in amplitudes}
+    rest = [p for p in named.values() if id(p) not in chosen]
+    sites = max(p.numel() for name, p in named.items() if "log_scale" in name)
+    rate = learning_rate * min(1.0, 8 / math.sqrt(sites))
+    groups = [{"params": amplitudes, "lr": rate}, {"params": rest, "lr": rate / 3}]
+    return torch.optim.Adam(groups, betas=(0.9, 0.99))
+
+
+def train(
+    flow: LatticeFlow,
+    target: Any,
+    folder: str | Path,
+    *,
+    minutes: float | None = None,
+    steps: int | None = None,
+    num_samples: int = 64,
+    learning_rate: float = 3e-2,
+    path_gradient: bool = True,
+    seed: int = 0,
+    name: str = "training",
+) -> History:
+    """Train a flow towards a target by its variational free energy, and leave it for evaluation.
+
+    Path gradients, a solver that is watched, a learning rate that falls to zero over the budget. An
+    interrupted training is taken up from its folder.
+
+    Args:
+        flow: what is trained.
+        target: an object with ``log_prob``.
+        folder: for checkpoints and metrics, as in :func:`~nflows_mongeampere.training.fit`.
+        minutes, steps: the budget; at least one of them.
+        num_samples: fields in each step.
+        learning_rate: the highest; see :func:`make_optimizer`.
+        path_gradient, seed: as in :class:`~nflows_mongeampere.training.ReverseKL`.
+        name: what stands before the progress bar.
+
+    Returns:
+        The history of the training.
+
+    Raises:
+        DivergenceError: if the loss is NaN, infinite or explodes; a smaller learning rate helps.
+    """
+    from torch.utils.data import DataLoader, TensorDataset
+
+    from nflows_mongeampere.training import (
+        EndlessBatches,
+        ReverseKL,
+        SolverGuard,
+        endless,
+        fit,
+        restore,
+    )
+
+    objective = ReverseKL(
+        flow.train(),
+        target,
+        num_samples=num_samples,
+        path_gradient=path_gradient,
+        optimizer=partial(make_optimizer, learning_rate=learning_rate),
+        steps=steps,
+        minutes=minutes,
+        seed=seed,
+    )
+    ticks = torch.zeros(num_samples, 1)  # the flow draws its batches itself
+    history = fit(
+        objective,
+        endless(EndlessBatches(ticks, num_samples), INTERVAL),
+        DataLoader(TensorDataset(ticks[:4]), batch_size=1),
+        folder,
+        name=name,
+        callbacks=[SolverGuard(GUARDED * max(64, math.prod(_shape(target))))],
+    )
+    # the learning rate has come down to zero and nothing can be learnt by heart: the last is best
+    restore(objective, Path(folder) / "last.ckpt")
+    flow.cpu().eval()
+    return history
+
+
+def _shape(target: Any) -> tuple[int, ...]:
+    """The shape of the lattice of a target."""
+    for name in ("log_prob", "shape"):
+        if not hasattr(target, name):
+            raise TypeError(
+                f"target: got {type(target).__name__} without {name}, expected a LatticeAction or "
+                "another object with log_prob and the shape of its lattice"
+            )
+    return lattice_shape("target.shape", target.shape)
