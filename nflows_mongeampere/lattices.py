@@ -46,6 +46,10 @@ GAUSSIAN_FIELDS = 512
 # each site, in nats.
 INTERVAL, GUARDED = 50, 5e-4
 
+# A new flow is first trained on a lattice half as long, for this part of its minutes, unless that
+# has a side shorter than so many sites.
+FIRST, SHORTEST = 0.3, 6
+
 
 class LatticeFlow(Flow):
     r"""A flow for fields on a periodic lattice, with the symmetries of the lattice exactly.
@@ -120,12 +124,52 @@ class LatticeFlow(Flow):
         """
         found = symmetries(target)
         flow = cls(_shape(target), even=found.even, group=found.group, **settings)
-        log_scale, mean = best_gaussian(target, found)
-        with torch.no_grad():
-            flow.modes.log_scale = log_scale
-            if flow.modes.mean is not None:
-                flow.modes.mean.fill_(mean)
+        flow.start(*best_gaussian(target, found))
         return flow
+
+    @torch.no_grad()
+    def start(self, log_scale: Tensor, mean: float = 0.0) -> None:
+        """Start at a Gaussian.
+
+        Args:
+            log_scale: logarithms of the standard deviations of the Fourier modes, in the shape of
+                the lattice.
+            mean: of all sites; ignored by an even flow.
+        """
+        self.modes.log_scale = log_scale
+        if self.modes.mean is not None:
+            self.modes.mean.fill_(mean)
+
+    def resized(self, shape: Sequence[int], group: Group | None = None) -> LatticeFlow:
+        """A new flow with the settings of this one, for a lattice of another shape.
+
+        Args:
+            shape: of that lattice.
+            group: its symmetries; the point group unless given.
+        """
+        return LatticeFlow(**{**self.arguments(), "shape": shape, "group": group})
+
+    @torch.no_grad()
+    def adopt(self, smaller: LatticeFlow, correction: Tensor) -> None:
+        r"""Take over what a flow has learnt on a smaller lattice.
+
+        Kernels of the smaller lattice are those of the larger one that vanish further away. Its
+        scales are not: they depend on the size, but by how much those of the flow differ from the
+        ones of the best Gaussian varies slowly with the wave vector.
+
+        Args:
+            smaller: a flow with the same settings.
+            correction: of the logarithms of the scales of the smaller lattice against its best
+                Gaussian, in the shape of that lattice; added to the scales here.
+        """
+        self.modes.log_scale = self.modes.log_scale + _interpolated(correction, self.shape)
+        if self.modes.mean is not None and smaller.modes.mean is not None:
+            self.modes.mean.copy_(smaller.modes.mean)
+        for piece, learnt in zip(self.pieces, smaller.pieces, strict=True):
+            mine, other = piece.potential, learnt.potential
+            state = {k: v for k, v in other.state_dict().items() if "weight.original" not in k}
+            mine.load_state_dict(state, strict=False)
+            mine.weight = _padded(other.weight, smaller.shape, self.shape)
 
     @property
     def modes(self) -> LatticeModes:
@@ -137,6 +181,22 @@ class LatticeFlow(Flow):
     def pieces(self) -> list[MongeAmpereTransform]:
         """The Monge-Ampère flows, from data to noise."""
         return list(self._transform._transforms)[1:]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the lattice."""
+        shape: tuple[int, ...] = self.pieces[0].potential.shape
+        return shape
+
+    @property
+    def group(self) -> Group:
+        """The symmetries besides translations and the sign."""
+        return self.modes.group
+
+    @property
+    def new(self) -> bool:
+        """Whether nothing has been learnt yet, so that the flow is a Gaussian."""
+        return not any(bool(piece.potential.amplitude.any()) for piece in self.pieces)
 
     def arguments(self) -> dict[str, Any]:
         """The arguments that build a flow like this one, without what it has learnt."""
@@ -279,6 +339,7 @@ def train(
     learning_rate: float = 3e-2,
     path_gradient: bool = True,
     seed: int = 0,
+    smaller_first: bool = True,
     name: str = "training",
 ) -> History:
     """Train a flow towards a target by its variational free energy, and leave it for evaluation.
@@ -286,14 +347,20 @@ def train(
     Path gradients, a solver that is watched, a learning rate that falls to zero over the budget. An
     interrupted training is taken up from its folder.
 
+    What a flow learns hardly depends on the size of the lattice, but the price of a step does: a
+    new flow is first trained on a lattice half as long, and that one on one half as long again.
+
     Args:
         flow: what is trained.
-        target: an object with ``log_prob``.
+        target: an object with ``log_prob`` and ``shape``; with ``resized(shape)``, which gives the
+            same target on another lattice, smaller lattices come first.
         folder: for checkpoints and metrics, as in :func:`~nflows_mongeampere.training.fit`.
         minutes, steps: the budget; at least one of them.
         num_samples: fields in each step.
         learning_rate: the highest; see :func:`make_optimizer`.
         path_gradient, seed: as in :class:`~nflows_mongeampere.training.ReverseKL`.
+        smaller_first: whether smaller lattices come first; leave it out for an action that is
+            written for one shape.
         name: what stands before the progress bar.
 
     Returns:
@@ -313,6 +380,26 @@ def train(
         restore,
     )
 
+    shape, folder, budget = _shape(target), Path(folder), minutes
+    settings: dict[str, Any] = {
+        "num_samples": num_samples,
+        "learning_rate": learning_rate,
+        "path_gradient": path_gradient,
+        "seed": seed,
+    }
+    half = tuple(side // 2 for side in shape)
+    even = all(side % 2 == 0 for side in shape) and min(half) >= SHORTEST
+    if smaller_first and flow.new and even and hasattr(target, "resized"):
+        below = target.resized(half)
+        found = symmetries(below)
+        smaller = flow.resized(half, found.group)
+        log_scale, mean = best_gaussian(below, found)
+        smaller.start(log_scale, mean)
+        first = None if minutes is None else FIRST * minutes
+        place = folder / "x".join(map(str, half))
+        train(smaller, below, place, minutes=first, steps=steps, name=place.name, **settings)
+        flow.adopt(smaller, smaller.modes.log_scale - log_scale)
+        budget = None if minutes is None else (1 - FIRST) * minutes
     objective = ReverseKL(
         flow.train(),
         target,
@@ -320,7 +407,7 @@ def train(
         path_gradient=path_gradient,
         optimizer=partial(make_optimizer, learning_rate=learning_rate),
         steps=steps,
-        minutes=minutes,
+        minutes=budget,
         seed=seed,
     )
     ticks = torch.zeros(num_samples, 1)  # the flow draws its batches itself
@@ -330,12 +417,37 @@ def train(
         DataLoader(TensorDataset(ticks[:4]), batch_size=1),
         folder,
         name=name,
-        callbacks=[SolverGuard(GUARDED * max(64, math.prod(_shape(target))))],
+        callbacks=[SolverGuard(GUARDED * max(64, math.prod(shape)))],
     )
     # the learning rate has come down to zero and nothing can be learnt by heart: the last is best
     restore(objective, Path(folder) / "last.ckpt")
     flow.cpu().eval()
     return history
+
+
+def _padded(kernels: Tensor, shape: tuple[int, ...], larger: tuple[int, ...]) -> Tensor:
+    """Kernels (K, D) around the first site, on a larger lattice: zero further away."""
+    padded = kernels.new_zeros(len(kernels), *larger)
+    places = []
+    for side, longer in zip(shape, larger, strict=True):
+        site = torch.arange(side)
+        places.append(torch.where(site <= side // 2, site, site - side) % longer)
+    grid = torch.meshgrid(*places, indexing="ij")
+    padded[(slice(None), *grid)] = kernels.unflatten(1, shape)
+    return padded.flatten(1)
+
+
+def _interpolated(modes: Tensor, larger: tuple[int, ...]) -> Tensor:
+    """Numbers for each wave vector of a lattice, linearly in between for those of a larger one."""
+    for dimension, longer in enumerate(larger):
+        side = modes.shape[dimension]
+        place = torch.arange(longer, dtype=modes.dtype) * side / longer
+        first = place.floor().long()
+        part = (place - first).reshape([-1, *[1] * (modes.dim() - dimension - 1)])
+        lower = modes.index_select(dimension, first % side)
+        upper = modes.index_select(dimension, (first + 1) % side)
+        modes = torch.lerp(lower, upper, part)
+    return modes
 
 
 def _shape(target: Any) -> tuple[int, ...]:

@@ -65,7 +65,9 @@ class HybridMonteCarlo:
         self.acceptance = accepted
         means = torch.as_tensor(total)
         errors = means.std(0) / math.sqrt(len(means))
-        return [Estimate(*pair) for pair in zip(means.mean(0).tolist(), errors.tolist(), strict=True)]
+        return [
+            Estimate(*pair) for pair in zip(means.mean(0).tolist(), errors.tolist(), strict=True)
+        ]
 
     def _trajectory(self) -> float:
         phi, momentum = self._phi, self._normal(*self._phi.shape)

@@ -86,6 +86,10 @@ class LatticeAction(Target):
             )
         return log_prob
 
+    def resized(self, shape: Sequence[int]) -> LatticeAction:
+        """The same action on a lattice of another shape."""
+        return LatticeAction(shape, self.action)
+
     def extra_repr(self) -> str:
         name = getattr(self.action, "__name__", type(self.action).__name__)
         return f"shape={self.shape}, action={name}"

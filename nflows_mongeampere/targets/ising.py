@@ -191,6 +191,12 @@ class Ising(Lattice):
         power: Tensor = torch.fft.fft2(mean).abs().square()
         return 1 + (power - mean.square().sum((1, 2), keepdim=True)) / self.sites
 
+    def resized(self, shape: Sequence[int]) -> Ising:
+        """The same model on a lattice of another length, shape (L, L)."""
+        field, couplings = self.magnetic_field, self.couplings
+        side = self.side(shape)
+        return Ising(side, self.temperature, self.boundary, couplings=couplings, field=field)
+
     def extra_repr(self) -> str:
         return (
             f"length={self.length}, temperature={self.temperature}, boundary={self.boundary!r}, "

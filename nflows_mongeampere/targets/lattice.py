@@ -44,6 +44,14 @@ class Lattice(Target):
         return x.reshape(len(x), self.length, self.length)
 
     @staticmethod
+    def side(shape: Sequence[int]) -> int:
+        """The length of a square lattice of a shape (L, L)."""
+        first, *others = validation.shape("shape", shape, 2)
+        if others != [first]:
+            raise ValueError(f"shape: got {tuple(shape)}, expected that of a square, (L, L)")
+        return first
+
+    @staticmethod
     def vanishing(log_prob: Tensor) -> Tensor:
         """A log-density, -infinity where finite fields are so large that its terms overflow."""
         return log_prob.nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from nflows_mongeampere import validation
@@ -50,6 +52,10 @@ class Phi4(Lattice):
         gradient = 4 * square.flatten(1).sum(1) - 2 * self.neighbour_products(field)
         local = self.mass_squared * square + self.coupling * square.square()
         return self.vanishing(-gradient - local.flatten(1).sum(1))
+
+    def resized(self, shape: Sequence[int]) -> Phi4:
+        """The same action on a lattice of another length, shape (L, L)."""
+        return Phi4(self.side(shape), self.mass_squared, self.coupling)
 
     def extra_repr(self) -> str:
         return f"length={self.length}, mass_squared={self.mass_squared}, coupling={self.coupling}"
