@@ -1,6 +1,7 @@
 """The two-dimensional Ising model at its critical point, by a flow that has its symmetries exactly.
 
     python examples/ising.py --length 16 --out runs/ising --minutes 60 --seed 0
+    python examples/ising.py --length 8 --couplings -1 -0.5 --field 0.2 --temperature 2 --minutes 5
 
 The spins are summed out in favour of a continuous field, arXiv:1809.10188, eq. 13. A flow is
 trained towards its density by minimising the variational free energy, which lies above the exact
@@ -15,37 +16,26 @@ import json
 import os
 import time
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from nflows.flows import Flow
-from torch.utils.data import DataLoader, TensorDataset
 
-from ising_model import Settings, make_flow, make_optimizer
 from ising_monte_carlo import reference
 from ising_pictures import draw_learning, draw_path, draw_samples, draw_structure
 from nflows_mongeampere import refined
 from nflows_mongeampere.convergence import converged
 from nflows_mongeampere.examples.runs import one_line_errors, open_folder, write_json
+from nflows_mongeampere.lattices import LatticeFlow, train
 from nflows_mongeampere.models import transports
 from nflows_mongeampere.targets import CRITICAL_TEMPERATURE, Ising
-from nflows_mongeampere.training import (
-    DivergenceError,
-    EndlessBatches,
-    History,
-    ReverseKL,
-    SolverGuard,
-    endless,
-    fit,
-    restore,
-)
+from nflows_mongeampere.targets.spins import spin_observables
+from nflows_mongeampere.training import DivergenceError, History
 from nflows_mongeampere.variational import Estimate, weigh
 
 SAMPLES = 10_000  # drawn from a trained flow for its figures
-PATH_LENGTH = 16  # the largest lattice that is trained by path gradients unless asked otherwise
+OBSERVABLES = ("free_energy", "specific_heat", "magnetisation", "susceptibility", "binder")
 TOLERANCE = 1e-4  # of a free energy per site, when the solver's steps are doubled
 
 
@@ -59,10 +49,13 @@ class Results:
         steps: of the optimiser.
         free_energy: the variational one, with its standard error.
         free_energy_double_steps: the same at twice the solver's steps, from the same noise.
-        exact: Kaufman's value; ``gap`` is how far the variational one lies above it.
+        exact: its value; ``gap`` is how far the variational one lies above it.
         ess: the effective sample size as a part of the samples.
         free_energy_corrected: by the weights of the samples.
         samples: how many were drawn for all this.
+        spins: free energy over T, specific heat, magnetisation, susceptibility and Binder's ratio
+            of the spins, by the weights, with standard errors; the exact free energy of the spins
+            and the magnetisation by cluster Monte Carlo beside them.
         energy, structure: the energy per site and ``S(k)`` at the smallest k, by the weights, with
             their standard errors, and the same from cluster Monte Carlo.
         acceptance: of an independence Metropolis-Hastings chain.
@@ -91,12 +84,13 @@ class Results:
     structure_monte_carlo: Estimate
     acceptance: float
     autocorrelation_time: float
+    spins: dict[str, Any]
     solver_steps: list[int]
     command: str
 
 
 def judge(
-    flow: Flow, target: Ising, config: dict[str, Any], history: History, out: Path
+    flow: LatticeFlow, target: Ising, config: dict[str, Any], history: History, out: Path
 ) -> Results:
     """Everything that the samples of a trained flow tell, with pictures."""
     seed, count, sites = config["seed"], config["samples"], target.sites
@@ -120,7 +114,7 @@ def judge(
     draw_learning(history, target, out)
     draw_samples(samples, target, seed, out)
     draw_structure(values, errors, known, out)
-    exact = target.free_energy
+    exact, spins = target.free_energy, spin_observables(target, samples)
     return Results(
         length=target.length,
         temperature=target.temperature,
@@ -143,45 +137,33 @@ def judge(
         structure_monte_carlo=Estimate(*(part[0, 1].item() for part in known.structure)),
         acceptance=chain.acceptance,
         autocorrelation_time=chain.autocorrelation_time(energy),
+        spins={
+            **{name: getattr(spins, name) for name in OBSERVABLES},
+            "free_energy_exact": target.spin_free_energy,
+            "magnetisation_monte_carlo": known.magnetisation,
+        },
         solver_steps=solver_steps,
         command=command(config),
     )
 
 
-def run(config: dict[str, Any], out: Path, overwrite: bool, settings: Settings) -> Results:
+def run(config: dict[str, Any], out: Path, overwrite: bool) -> Results:
     """One lattice, from noise to its results."""
-    target = Ising(config["length"], config["temperature"])
+    target = Ising(
+        config["length"],
+        config["temperature"],
+        couplings=config["couplings"],
+        field=config["field"],
+    )
+    _ = target.free_energy  # is known, or the run is refused before it trains
     open_folder(out, config, overwrite)
     torch.manual_seed(config["seed"])
-    objective = ReverseKL(
-        make_flow(target, settings),
-        target,
-        num_samples=settings.samples,
-        path_gradient=config["path_gradient"],
-        optimizer=partial(make_optimizer, settings, target.sites),
-        steps=config["steps"],
-        minutes=config["minutes"],
-        seed=config["seed"],
-    )
-    ticks = torch.zeros(settings.samples, 1)  # the flow draws its batches itself
-    history = fit(
-        objective,
-        endless(EndlessBatches(ticks, len(ticks)), settings.interval),
-        DataLoader(TensorDataset(ticks[:4]), batch_size=1),
-        out,
-        name=f"L = {target.length}",
-        callbacks=[SolverGuard(2 * TOLERANCE * max(64, target.sites))],
-    )
-    # the learning rate has come down to zero and nothing can be learnt by heart: the last is best
-    restore(objective, out / "last.ckpt")
-    results = judge(objective.flow.cpu().eval(), target.cpu(), config, history, out)
+    flow = LatticeFlow.towards(target)
+    budget = {name: config[name] for name in ("minutes", "steps", "seed", "path_gradient")}
+    history = train(flow, target, out, name=f"L = {target.length}", **budget)
+    results = judge(flow, target, config, history, out)
     write_json(out / "results.json", asdict(results))
     return results
-
-
-def path_pays(length: int) -> bool:
-    """Whether path gradients, which take twice the time, get closer within an hour."""
-    return length <= PATH_LENGTH
 
 
 def command(config: dict[str, Any]) -> str:
@@ -189,13 +171,17 @@ def command(config: dict[str, Any]) -> str:
     words = [f"python examples/ising.py --length {config['length']}"]
     if config["temperature"] != CRITICAL_TEMPERATURE:
         words.append(f"--temperature {config['temperature']}")
+    if config["couplings"] != [1.0, 1.0]:
+        words.append("--couplings {} {}".format(*config["couplings"]))
+    if config["field"]:
+        words.append(f"--field {config['field']}")
     if config["minutes"]:
         words.append(f"--minutes {config['minutes']:g}")
     if config["steps"]:
         words.append(f"--steps {config['steps']}")
     words.append(f"--seed {config['seed']}")
-    if config["path_gradient"] != path_pays(config["length"]):
-        words.append("--path-gradient" if config["path_gradient"] else "--no-path-gradient")
+    if not config["path_gradient"]:
+        words.append("--no-path-gradient")
     if config["samples"] != SAMPLES:
         words.append(f"--samples {config['samples']}")
     return " ".join(words)
@@ -206,6 +192,10 @@ def main(
     temperature: Annotated[
         float, typer.Option(help="T, in units of the coupling.")
     ] = CRITICAL_TEMPERATURE,
+    couplings: Annotated[
+        tuple[float, float], typer.Option(help="J of the bonds along either axis.")
+    ] = (1.0, 1.0),
+    field: Annotated[float, typer.Option(help="H, in units of the coupling.")] = 0.0,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; runs/ising-L.")] = None,
     minutes: Annotated[
         float | None, typer.Option(min=0.01, help="Training time; 10 if --steps is left out.")
@@ -217,25 +207,24 @@ def main(
     samples: Annotated[
         int, typer.Option(min=100, help="Drawn from the trained flow for its figures.")
     ] = SAMPLES,
-    path_gradient: Annotated[
-        bool | None,
-        typer.Option(help=f"Leave the score out; by default up to L = {PATH_LENGTH}."),
-    ] = None,
+    path_gradient: Annotated[bool, typer.Option(help="Leave the score out.")] = True,
     overwrite: Annotated[bool, typer.Option(help="Begin anew in a folder with a run.")] = False,
 ) -> None:
     """Train a flow towards the Ising model and weigh its samples."""
     config = {
         "length": length,
         "temperature": temperature,
+        "couplings": list(couplings),
+        "field": field,
         "minutes": minutes if minutes or steps else 10.0,
         "steps": steps,
         "seed": seed,
         "samples": samples,
-        "path_gradient": path_pays(length) if path_gradient is None else path_gradient,
+        "path_gradient": path_gradient,
     }
     start = time.monotonic()
     with one_line_errors(ValueError, OSError, DivergenceError):
-        results = run(config, out or Path("runs") / f"ising-{length}", overwrite, Settings())
+        results = run(config, out or Path("runs") / f"ising-{length}", overwrite)
     typer.echo(json.dumps(asdict(results), indent=2))
     typer.echo(f"{(time.monotonic() - start) / 60:.1f} minutes in all, {os.cpu_count()} cores")
 

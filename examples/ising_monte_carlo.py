@@ -21,16 +21,20 @@ def swendsen_wang(target: Ising, sweeps: int, seed: int) -> Iterator[Tensor]:
     generator, length = np.random.default_rng(seed), target.length
     sites = np.arange(target.sites).reshape(length, length)
     heads = np.concatenate([sites.ravel(), sites.ravel()])
-    tails = np.concatenate([np.roll(sites, -1, 0).ravel(), np.roll(sites, -1, 1).ravel()])
+    tails = np.concatenate([np.roll(sites, -1, axis).ravel() for axis in (0, 1)])
+    kappa = np.repeat(np.array(target.couplings) / target.temperature, target.sites)
     spins = np.ones(target.sites)
     for sweep in range(-(sweeps // 10), sweeps):
-        # equal neighbours stick together with probability 1 - e^(-2/T), and clusters flip alike
-        stuck = generator.random(len(heads)) < -math.expm1(-2 / target.temperature)
-        bonds = stuck & (spins[heads] == spins[tails])
+        # bonds that are satisfied stick with probability 1 - e^(-2|J|/T)
+        stuck = generator.random(len(heads)) < -np.expm1(-2 * np.abs(kappa))
+        bonds = stuck & (kappa * spins[heads] * spins[tails] > 0)
         ones = np.ones(int(bonds.sum()))
         graph = coo_array((ones, (heads[bonds], tails[bonds])), (target.sites, target.sites))
         count, cluster = connected_components(graph, directed=False)
-        spins = generator.choice([-1.0, 1.0], count)[cluster]
+        # each cluster keeps or changes its sign by its weight in the field
+        total = np.bincount(cluster, spins, count)
+        signs = np.where(generator.random(count) < 1 / (1 + np.exp(-2 * target.h * total)), 1, -1)
+        spins = spins * signs[cluster]
         if sweep >= 0:
             yield torch.from_numpy(spins).float().view(length, length)
 
@@ -41,17 +45,19 @@ class Reference:
 
     Attributes:
         energy: for each site, with its error.
+        magnetisation: the mean of its size for each site, with its error.
         structure: S(k) of every mode, shape (L, L), and its error.
     """
 
     energy: Estimate
+    magnetisation: Estimate
     structure: tuple[Tensor, Tensor]
 
 
 def reference(target: Ising, sweeps: int, seed: int, blocks: int = 50) -> Reference:
     """Energy and structure factor by cluster Monte Carlo."""
     spins = torch.stack(list(swendsen_wang(target, sweeps, seed)))
-    energy = -target.neighbour_products(spins) / target.sites
+    energy, size = target.spin_energy(spins), spins.mean((1, 2)).abs()
     structure = torch.fft.fft2(spins).abs().square() / target.sites
 
     def mean(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,5 +65,8 @@ def reference(target: Ising, sweeps: int, seed: int, blocks: int = 50) -> Refere
         means = values[: blocks * length].view(blocks, length, *values.shape[1:]).mean(1)
         return means.mean(0), means.std(0) / math.sqrt(blocks)
 
-    value, error = mean(energy)
-    return Reference(Estimate(value.item(), error.item()), mean(structure))
+    def estimate(values: Tensor) -> Estimate:
+        value, error = mean(values)
+        return Estimate(value.item(), error.item())
+
+    return Reference(estimate(energy), estimate(size), mean(structure))

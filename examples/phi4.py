@@ -2,9 +2,9 @@
 
     python examples/phi4.py --length 8 --out runs/phi4 --minutes 5 --seed 0
 
-The action is that of arXiv:1904.12072 and arXiv:2207.00283 with m² = -4; the coupling, unless given,
-is the one at which the correlation length is about a quarter of the lattice. An interrupted run is
-taken up by the same command.
+The action is that of arXiv:1904.12072 and arXiv:2207.00283 with m² = -4; the coupling, unless
+given, is the one at which the correlation length is about a quarter of the lattice. An interrupted
+run is taken up by the same command.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ import json
 import math
 import subprocess
 import sys
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,10 +16,8 @@ import torch
 from torch.utils.data import DataLoader
 
 import ising
-import ising_model
 import ising_monte_carlo
-from nflows_mongeampere.groups import point_group, sign_flip, translations
-from nflows_mongeampere.models import transports
+from nflows_mongeampere.lattices import LatticeFlow, make_optimizer
 from nflows_mongeampere.targets import Ising
 from nflows_mongeampere.training import (
     EndlessBatches,
@@ -102,26 +99,18 @@ def test_nonsense_is_refused(arguments, message, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_flow_has_the_symmetries_of_the_lattice():
-    target = Ising(4)
-    torch.manual_seed(0)
-    flow = ising_model.make_flow(target, ising_model.Settings(pieces=2)).double()
-    for name, parameter in flow.named_parameters():
-        if name.endswith(("amplitude", "original")):
-            torch.nn.init.normal_(parameter, std=2.0)
-    x = torch.randn(3, 16, dtype=torch.float64)
-    expected = flow.log_prob(x)
-    square = translations((4, 4)) * point_group((4, 4)) * sign_flip(16)
-    assert len(square) == 256
-    for image in square.act(x):
-        torch.testing.assert_close(flow.log_prob(image), expected, rtol=1e-12, atol=1e-12)
+VARIANTS = [
+    Ising(4),
+    Ising(4, 2.0, couplings=(-1.0, -0.5), field=0.3),
+    Ising(4, 3.0, couplings=(1.0, 0.5), field=0.5),
+]
 
 
-def test_cluster_monte_carlo_against_enumeration():
-    target = Ising(4)
+@pytest.mark.parametrize("target", VARIANTS, ids=str)
+def test_cluster_monte_carlo_against_enumeration(target):
     rows = torch.tensor(list(itertools.product([-1.0, 1.0], repeat=16))).view(-1, 4, 4)
-    energy = -target.neighbour_products(rows) / 16
-    probability = (-16 * energy / target.temperature).double().softmax(0)
+    energy = target.spin_energy(rows)
+    probability = (-16 * energy.double() / target.temperature).softmax(0)
     power = (torch.fft.fft2(rows).abs().square() / 16).double()
     structure = (probability[:, None, None] * power).sum(0)
     known = ising_monte_carlo.reference(target, sweeps=20_000, seed=0)
@@ -135,18 +124,15 @@ def test_cluster_monte_carlo_against_enumeration():
 
 def test_the_guard_catches_a_solver_that_is_too_coarse(tmp_path):
     """One Euler step: without the guard the free energy falls below the exact one."""
-    target, fast = Ising(4), ising_model.Settings(learning_rate=0.02)
-    gaps = {}
+    target, gaps = Ising(4), {}
     for guarded in (False, True):
         torch.manual_seed(0)
-        flow = ising_model.make_flow(target, ising_model.Settings(pieces=2, kernels=1, steps=1))
-        for transport in transports(flow):
-            transport.integrator = replace(transport.integrator, solver="euler")
+        flow = LatticeFlow.towards(target, pieces=2, kernels=1, solver="euler")
         objective = ReverseKL(
             flow,
             target,
             num_samples=64,
-            optimizer=partial(ising_model.make_optimizer, fast, 16),
+            optimizer=partial(make_optimizer, learning_rate=0.05),
             steps=200,
         )
         ticks = torch.zeros(64, 1)
@@ -155,7 +141,6 @@ def test_the_guard_catches_a_solver_that_is_too_coarse(tmp_path):
         callbacks = [SolverGuard(0.05, most=1024)] if guarded else []
         history = fit(objective, batches, checks, tmp_path / str(guarded), callbacks=callbacks)
         restore(objective, tmp_path / str(guarded) / "last.ckpt")
-        torch.manual_seed(1)
         gaps[guarded] = history.rows[-1]["train"] / 16 - target.free_energy
         steps = [row["solver_steps"] for row in history.rows]
     assert gaps[False] < -0.02  # what cannot be
@@ -190,18 +175,33 @@ def test_an_unfinished_run_has_no_line(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("length", "path_gradient", "flag"),
+    ("changes", "flags"),
     [
-        (16, True, ""),
-        (16, False, " --no-path-gradient"),
-        (32, False, ""),
-        (32, True, " --path-gradient"),
+        ({}, " --seed 1"),
+        ({"path_gradient": False}, " --seed 1 --no-path-gradient"),
     ],
 )
-def test_the_command_of_a_run_names_what_is_not_the_default(length, path_gradient, flag):
+def test_the_command_of_a_run_names_what_is_not_the_default(changes, flags):
     config = {
-        **{"length": length, "temperature": 2.5, "minutes": 30.0, "steps": None, "seed": 1},
-        **{"samples": ising.SAMPLES, "path_gradient": path_gradient},
+        **{"length": 16, "temperature": 2.5, "minutes": 30.0, "steps": None, "seed": 1},
+        **{"samples": 10_000, "path_gradient": True, "couplings": [1.0, 1.0], "field": 0.0},
+        **changes,
     }
-    start = f"python examples/ising.py --length {length} --temperature 2.5 --minutes 30 --seed 1"
-    assert ising.command(config) == start + flag
+    expected = "python examples/ising.py --length 16 --temperature 2.5 --minutes 30" + flags
+    assert ising.command(config) == expected
+
+
+def test_an_antiferromagnet_in_a_field(tmp_path):
+    variant = ["--couplings", -1, -0.5, "--field", 0.3, "--temperature", 2.0]
+    done = start("--length", 4, *variant, "--steps", 200, "--samples", 2000, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    target = Ising(4, 2.0, couplings=(-1.0, -0.5), field=0.3)
+    assert results["exact"] == target.free_energy
+    value, error = results["spins"]["free_energy"]
+    assert value == pytest.approx(target.spin_free_energy, abs=4 * error)
+    (value, error), (known, known_error) = (
+        results["spins"][name] for name in ("magnetisation", "magnetisation_monte_carlo")
+    )
+    assert abs(value - known) < 4 * math.hypot(error, known_error)
+    assert " --couplings -1.0 -0.5 --field 0.3 --steps 200" in results["command"]

@@ -23,7 +23,8 @@ from nflows_mongeampere import potentials
 from nflows_mongeampere.atomic import write as write  # for those who write beside a flow
 from nflows_mongeampere.flow import MongeAmpereFlow, Noise
 from nflows_mongeampere.groups import Group
-from nflows_mongeampere.tabular import Bounded, NormalMixture, SinhArcsinh, Table
+from nflows_mongeampere.lattices import LatticeFlow
+from nflows_mongeampere.modes import LatticeModes
 from nflows_mongeampere.transform import MongeAmpereTransform
 from nflows_mongeampere.version import __version__
 
@@ -225,10 +226,8 @@ OURS: tuple[type, ...] = (
     Group,
     MongeAmpereTransform,
     MongeAmpereFlow,
-    Bounded,
-    SinhArcsinh,
-    NormalMixture,
-    Table,
+    LatticeFlow,
+    LatticeModes,
 )
 
 # Each class that a file may name, and the arguments that build one like a given instance.
@@ -266,6 +265,7 @@ KNOWN: dict[str, tuple[type, Callable[[Any], Arguments]]] = {
 
 # Where the values come with the tensors, only the shape has to be right.
 _CONSTRUCTORS: dict[str, Callable[..., Any]] = {
+    "LatticeModes": lambda shape, mean, group: LatticeModes(torch.zeros(shape), mean, group),
     "Group": Group.generated_by,
     "PointwiseAffineTransform": lambda shape, scale: transforms.PointwiseAffineTransform(
         torch.zeros(shape), torch.ones(scale)

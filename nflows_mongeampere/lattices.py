@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from nflows_mongeampere import validation
 from nflows_mongeampere.flow import Noise
-from nflows_mongeampere.groups import Group, lattice_shape, point_group
+from nflows_mongeampere.groups import Group, lattice_shape
 from nflows_mongeampere.modes import LatticeModes
-from nflows_mongeampere.potentials import LatticePotential
+from nflows_mongeampere.potentials.lattice import LatticePotential, lattice_group
 from nflows_mongeampere.targets import LatticeAction as LatticeAction
 from nflows_mongeampere.transform import MongeAmpereTransform
 from nflows_mongeampere.variational import target_log_prob
@@ -95,7 +95,7 @@ class LatticeFlow(Flow):
         **transport: Any,
     ) -> None:
         sides = lattice_shape("shape", shape)
-        group = point_group(sides) if group is None else group
+        group = lattice_group(sides, group)
         settings: dict[str, Any] = {"powers": powers, "even": even, "group": group}
         count = validation.integer("pieces", pieces)
         transforms = [
@@ -294,18 +294,18 @@ def best_gaussian(target: Any, found: Symmetries | None = None) -> tuple[Tensor,
     def free_energy() -> Tensor:
         optimizer.zero_grad()
         x, logabsdet = modes.inverse(noise)
-        loss = -(target_log_prob(target, x) + logabsdet).mean()
-        loss.backward()
+        loss = -logabsdet.mean()
+        if bool(x.isfinite().all()):
+            loss = loss - target_log_prob(target, x).mean()
+            loss.backward()
+        if not bool(loss.isfinite()) or not bool(x.isfinite().all()):
+            raise ValueError(
+                "target: no Gaussian has the lowest free energy, or its action is infinite; "
+                "check that it is finite and bounded below"
+            )
         return loss
 
-    lowest = optimizer.step(free_energy)
-    if not bool(torch.isfinite(torch.as_tensor(lowest))) or not bool(
-        modes.log_scale.isfinite().all()
-    ):
-        raise ValueError(
-            "target: NaN or infinite on the way to the best Gaussian; check that its action is "
-            "finite and bounded below"
-        )
+    optimizer.step(free_energy)
     mean = 0.0 if modes.mean is None else modes.mean.item()
     return modes.log_scale.detach(), mean
 
@@ -355,10 +355,12 @@ def train(
         target: an object with ``log_prob`` and ``shape``; with ``resized(shape)``, which gives the
             same target on another lattice, smaller lattices come first.
         folder: for checkpoints and metrics, as in :func:`~nflows_mongeampere.training.fit`.
-        minutes, steps: the budget; at least one of them.
+        minutes: the budget in wall-clock time, and
+        steps: in steps of the optimiser on each lattice; at least one of them.
         num_samples: fields in each step.
         learning_rate: the highest; see :func:`make_optimizer`.
-        path_gradient, seed: as in :class:`~nflows_mongeampere.training.ReverseKL`.
+        path_gradient: as in :class:`~nflows_mongeampere.training.ReverseKL`.
+        seed: of everything that is random in a step.
         smaller_first: whether smaller lattices come first; leave it out for an action that is
             written for one shape.
         name: what stands before the progress bar.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from nflows.transforms import Transform
 from torch import Tensor, nn
@@ -21,10 +23,10 @@ class LatticeModes(Transform):
               \ln\left|\frac{dz}{dx}\right| = -\sum_k s_k,
 
     with one scale :math:`s_k` for each mode and one mean m for all sites. They are learned with the
-    point group of the lattice: modes that a rotation or reflection exchanges have the same scale. Before a standard normal it
-    makes the Gaussian whose modes have the variances :math:`e^{2 s_k}`, which is any Gaussian with
-    the symmetries of the lattice: its covariance is circulant, and the Fourier transform
-    diagonalises it.
+    point group of the lattice: modes that a rotation or reflection exchanges have the same scale.
+    Before a standard normal it makes the Gaussian whose modes have the variances :math:`e^{2 s_k}`,
+    which is any Gaussian with the symmetries of the lattice: its covariance is circulant, and the
+    Fourier transform diagonalises it.
 
     Reference: Gray, *Toeplitz and Circulant Matrices: A Review*, `doi:10.1561/0100000006
     <https://doi.org/10.1561/0100000006>`_, chapter 3.
@@ -68,6 +70,11 @@ class LatticeModes(Transform):
         self.mean: nn.Parameter | None = None
         if mean is not None:
             self.mean = nn.Parameter(log_scale.new_tensor(validation.number("mean", mean)))
+
+    def arguments(self) -> dict[str, Any]:
+        """What builds a transform like this one, the shape in place of the scales."""
+        mean = None if self.mean is None else 0.0
+        return {"shape": list(self.log_scale.shape), "mean": mean, "group": self.group}
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         r"""Data to noise.

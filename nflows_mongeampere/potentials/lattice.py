@@ -31,8 +31,8 @@ class LatticePotential(ClosedFormPotential):
     is invariant under translations, and under a point group that the kernels are kept invariant
     under. The function of a kernel is a combination of
 
-    .. math:: \ln \cosh h, \; \tanh^2 h, \; \tanh^4 h, \ldots \quad \text{and, unless } u(-x) = u(x),
-              \quad h, \; \tanh h, \; \tanh^3 h, \ldots
+    .. math:: \ln \cosh h, \; \tanh^2 h, \; \tanh^4 h, \ldots
+              \quad \text{and, unless } u(-x) = u(x), \quad h, \; \tanh h, \; \tanh^3 h, \ldots
 
     so that all derivatives are polynomials of :math:`p = \tanh h`: one transcendental function for
     each kernel and site. Perturbation theory wants this form: to first order in an interaction
@@ -88,7 +88,7 @@ class LatticePotential(ClosedFormPotential):
         self.kernels = validation.integer("kernels", kernels)
         self.powers = validation.integer("powers", powers)
         self.even = validation.boolean("even", even)
-        self.group = point_group(self.shape) if group is None else group
+        self.group = lattice_group(self.shape, group)
         if context_features is not None:
             context_features = validation.integer("context_features", context_features)
         self.context_features = context_features
@@ -105,17 +105,12 @@ class LatticePotential(ClosedFormPotential):
         self.register_buffer("mixing", mixing, persistent=False)
         self.reset_parameters()
         register_parametrization(self, "weight", Average(self.group))
-        if self.group.features != self.features:
-            raise ValueError(
-                f"group: got one that acts on {self.group.features} entries, expected "
-                f"{self.features}, the sites of {self.shape}"
-            )
         if self.features <= DENSE_SITES:
             self.register_buffer("_places", _places(self.shape), persistent=False)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the kernels anew, bells from one site wide to the whole lattice; amplitudes of zero."""
+        """Draw the kernels anew, bells from one site wide to the whole lattice, amplitudes zero."""
         kernels = smooth_kernels(self.shape, self.kernels).to(self.amplitude)
         self.weight.copy_(kernels)
         nn.init.zeros_(self.amplitude)
@@ -351,6 +346,19 @@ class SiteDynamics(Dynamics):
         if not self._fourier:
             return kernels.T @ g.flatten(0, 1)
         return self._fields((g * kernels.conj()[..., None]).sum(0))
+
+
+def lattice_group(shape: tuple[int, ...], group: Group | None) -> Group:
+    """The point group of a lattice, or another that acts on its sites."""
+    group = point_group(shape) if group is None else group
+    if not isinstance(group, Group):
+        raise TypeError(f"group: got {type(group).__name__}, expected a Group")
+    if group.features != math.prod(shape):
+        raise ValueError(
+            f"group: got one that acts on {group.features} entries, expected {math.prod(shape)}, "
+            f"the sites of {shape}"
+        )
+    return group
 
 
 def smooth_kernels(shape: Sequence[int], count: int) -> Tensor:

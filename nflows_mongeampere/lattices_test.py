@@ -1,0 +1,212 @@
+"""Flows on lattices: symmetries, the best Gaussian, training, files."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import brentq
+from torch import Tensor
+
+from nflows_mongeampere import files
+from nflows_mongeampere.groups import Group, point_group, sign_flip, translations
+from nflows_mongeampere.lattices import (
+    LatticeAction,
+    LatticeFlow,
+    best_gaussian,
+    symmetries,
+    train,
+    weigh,
+)
+from nflows_mongeampere.targets import Ising, Phi4
+
+
+def bonds(phi: Tensor, weights: tuple[float, ...]) -> Tensor:
+    sums = [w * (phi.roll(1, d) - phi).square() for d, w in enumerate(weights, 1)]
+    return torch.stack(sums).sum(0).flatten(1).sum(1)
+
+
+def free(phi: Tensor, weights: tuple[float, ...] = (1.0, 1.0)) -> Tensor:
+    return bonds(phi, weights) + phi.square().flatten(1).sum(1)
+
+
+def randomised(flow: LatticeFlow) -> LatticeFlow:
+    """In float64, with weights of no symmetry before they are averaged."""
+    for name, parameter in flow.double().named_parameters():
+        if name.endswith(("amplitude", "original")):
+            torch.nn.init.normal_(parameter, std=0.3)
+    return flow.eval()
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (2, 3), (2, 2, 2)])
+@pytest.mark.parametrize("even", [True, False])
+def test_the_density_has_the_symmetries_of_the_lattice(shape, even):
+    flow = randomised(LatticeFlow(shape, pieces=2, even=even))
+    sites = math.prod(shape)
+    x = torch.randn(3, sites, dtype=torch.float64)
+    expected = flow.log_prob(x)
+    everything = translations(shape) * point_group(shape)
+    for image in (everything * sign_flip(sites) if even else everything).act(x):
+        torch.testing.assert_close(flow.log_prob(image), expected, rtol=1e-10, atol=1e-10)
+    assert even == torch.allclose(flow.log_prob(-x), expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "action", "even", "order"),
+    [
+        ((4, 4), free, True, 8),
+        ((3, 4), free, True, 4),
+        ((4, 4), lambda phi: free(phi, (1.0, 0.5)), True, 4),
+        ((3, 3, 3), lambda phi: free(phi, (1.0, 1.0, 0.5)), True, 16),
+        ((4, 4), lambda phi: free(phi) + (phi - 0.5).pow(4).sum((1, 2)), False, 8),
+        # a bond along the diagonal: turned by half a turn, or mirrored at a diagonal
+        (
+            (4, 4),
+            lambda phi: free(phi) + (phi * phi.roll((1, 1), (1, 2))).sum((1, 2)),
+            True,
+            4,
+        ),
+    ],
+    ids=["square", "rectangle", "anisotropic", "layers", "odd", "diagonal"],
+)
+def test_the_symmetries_of_an_action_are_found(shape, action, even, order):
+    target = LatticeAction(shape, action)
+    found = symmetries(target)
+    assert (found.even, len(found.group)) == (even, order)
+    x = torch.randn(2, target.sites)
+    for image in found.group.act(x):
+        torch.testing.assert_close(target.log_prob(image), target.log_prob(x))
+    flow = LatticeFlow.towards(target, pieces=1)
+    assert len(flow.group) == order
+    assert (flow.modes.mean is None) == even
+
+
+def test_an_action_that_translations_change_is_refused():
+    def pinned(phi: Tensor) -> Tensor:
+        return free(phi) + phi[:, 0, 0].square()
+
+    with pytest.raises(ValueError, match="^target: its log-density changes when fields move"):
+        LatticeFlow.towards(LatticeAction((4, 4), pinned))
+    with pytest.raises(ValueError, match="^target: its log-density changes when fields move"):
+        LatticeFlow.towards(Ising(4, boundary="open"))
+
+
+def test_the_best_gaussian_of_a_free_field_is_its_own():
+    """Its modes have the precisions 2 (4 - 2 cos p - 2 cos q) + 2, and it needs no training."""
+    target = LatticeAction((5, 6), lambda phi: free(phi - 0.7))
+    log_scale, mean = best_gaussian(target)
+    p, q = (2 * math.pi * torch.arange(n) / n for n in (5, 6))
+    precision = 2 * (4 - 2 * p.cos()[:, None] - 2 * q.cos()) + 2
+    torch.testing.assert_close(log_scale, -precision.log() / 2, rtol=0, atol=0.15)
+    assert mean == pytest.approx(0.7, abs=0.02)
+    samples = weigh(LatticeFlow.towards(target), target, 4000)
+    exact = -0.5 * float((2 * math.pi / precision).log().sum())
+    estimate = samples.corrected_free_energy
+    assert estimate.value == pytest.approx(exact, abs=4 * estimate.error)
+    assert samples.effective_sample_size > 0.9
+
+
+def test_the_best_gaussian_of_the_ising_model():
+    """Its variances solve 1 / s_k = 1 / λ_k - <sech² x>, x normal with their mean as variance."""
+    target = Ising(8, 3.0)
+    wave = (2 * math.pi * torch.arange(8, dtype=torch.float64) / 8).cos()
+    widths = 2 * (wave[:, None] + wave) / target.temperature + target.alpha
+    nodes, weights = np.polynomial.hermite_e.hermegauss(150)
+
+    def variances(curvature: float) -> Tensor:
+        return (1 / widths - curvature).reciprocal()
+
+    def excess(curvature: float) -> float:
+        x = float(variances(curvature).mean()) ** 0.5 * nodes
+        return float(weights @ np.cosh(x) ** -2.0 / weights.sum()) - curvature
+
+    expected = 0.5 * variances(brentq(excess, 0, 0.999 / float(widths.max()))).log().float()
+    log_scale, mean = best_gaussian(target)
+    assert mean == 0.0
+    torch.testing.assert_close(log_scale, expected, rtol=0, atol=0.25)
+    assert float((log_scale - expected).mean()) == pytest.approx(0.0, abs=0.02)
+
+
+def test_a_flow_learns_on_smaller_lattices_first(tmp_path):
+    """And takes that over: the same steps are worth more than without."""
+    target, found = Phi4(12, -4.0, 5.276), {}
+    for smaller_first in (True, False):
+        torch.manual_seed(0)
+        flow = LatticeFlow.towards(target, pieces=3)
+        folder = tmp_path / str(smaller_first)
+        history = train(flow, target, folder, steps=40, smaller_first=smaller_first)
+        assert history.rows[-1]["step"] == 40
+        assert not flow.training
+        torch.manual_seed(1)
+        found[smaller_first] = weigh(flow, target, 500).free_energy
+        assert (folder / "6x6" / "last.ckpt").exists() == smaller_first
+    assert found[True].value < found[False].value - 1
+    again = LatticeFlow.towards(target, pieces=3)
+    train(again, target, tmp_path / "True", steps=40)  # read, not trained
+    torch.manual_seed(1)
+    assert weigh(again, target, 500).free_energy == found[True]
+
+
+def test_what_a_smaller_lattice_has_learnt_is_the_same_potential():
+    """A field that repeats meets the same kernels."""
+    small, large = randomised(LatticeFlow((6, 6))), LatticeFlow((12, 12)).double().eval()
+    for piece in small.pieces:
+        kernel = piece.potential.weight.detach().view(-1, 6, 6).clone()
+        kernel[:, 3], kernel[:, :, 3] = 0, 0  # halfway round, where left and right meet
+        piece.potential.weight = kernel.flatten(1)
+    large.adopt(small, torch.zeros(6, 6, dtype=torch.float64))
+    x = torch.randn(2, 6, 6, dtype=torch.float64)
+    for mine, other in zip(large.pieces, small.pieces, strict=True):
+        tiled = mine.potential(x.repeat(1, 2, 2).flatten(1))
+        torch.testing.assert_close(tiled, 4 * other.potential(x.flatten(1)))
+
+
+@pytest.mark.parametrize("even", [True, False])
+def test_a_flow_in_a_file(tmp_path, even):
+    flow = randomised(LatticeFlow((3, 4), pieces=2, kernels=3, even=even, steps=2))
+    files.save(flow, tmp_path / "flow.safetensors")
+    loaded = files.load(tmp_path / "flow.safetensors")
+    assert isinstance(loaded, LatticeFlow)
+    assert loaded.arguments().keys() == flow.arguments().keys()
+    x = torch.randn(2, 12, dtype=torch.float64)
+    torch.testing.assert_close(loaded.log_prob(x), flow.log_prob(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("action", "message"),
+    [
+        (lambda phi: phi.square().sum(), r"^action: function returned a tensor of shape \(\)"),
+        (lambda phi: phi.square().sum(1), r"returned a tensor of shape \(4, 4\)"),
+        (lambda phi: phi.cfloat().sum((1, 2)), "torch.complex64, on cpu, expected floating-point"),
+        (lambda phi: phi.sqrt().sum((1, 2)), "^action: got NaN or minus infinity"),
+        (lambda phi: -torch.inf * phi.square().sum((1, 2)), "^action: got NaN or minus infinity"),
+        (lambda phi: torch.inf * phi.square().sum((1, 2)), "^action: infinite for a standard"),
+        (lambda phi: 1.0, r"^action: function returned 1\.0"),
+    ],
+    ids=["one", "rows", "complex", "nan", "unbounded", "infinite", "float"],
+)
+def test_an_action_that_is_no_real_finite_number_for_each_field_is_named(action, message):
+    with pytest.raises(ValueError, match=message):
+        LatticeAction((4, 4), action)
+
+
+def test_other_mistakes_name_the_argument():
+    with pytest.raises(TypeError, match="^action: got int"):
+        LatticeAction((4, 4), 3)
+    with pytest.raises(TypeError, match="^shape: got 4"):
+        LatticeAction(4, free)
+    with pytest.raises(ValueError, match=r"^x: got shape \(2, 9\), expected \(B, 16\)"):
+        LatticeAction((4, 4), free).log_prob(torch.zeros(2, 9))
+    with pytest.raises(TypeError, match="^target: got function without log_prob"):
+        LatticeFlow.towards(free)
+    with pytest.raises(ValueError, match="^group: got one that acts on 9 entries, expected 16"):
+        LatticeFlow((4, 4), group=point_group((3, 3)))
+    with pytest.raises(TypeError, match="^group: got str"):
+        LatticeFlow((4, 4), group="square")
+    with pytest.raises(ValueError, match="^pieces: got 0"):
+        LatticeFlow((4, 4), pieces=0)
+    with pytest.raises(ValueError, match="^target: no Gaussian|^action: got NaN or minus"):
+        LatticeFlow.towards(LatticeAction((2, 2), lambda phi: -phi.pow(4).sum((1, 2))))
+    assert isinstance(LatticeFlow((2, 2)).group, Group)
