@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from nflows_mongeampere import (
     AutogradPotential,
     ConvolutionalPotential,
-    DeepPotential,
+    LatticePotential,
     MongeAmpereTransform,
     Potential,
     RidgePotential,
@@ -115,6 +115,10 @@ POTENTIALS = {
     "symmetrized": Example(
         lambda a: SymmetrizedPotential(RidgePotential(4, 2, activation=a), translations((2, 2))),
         (2, 2),
+    ),
+    "lattice": Example(lambda a: LatticePotential((2, 2), 2), (2, 2)),
+    "lattice-context": Example(
+        lambda a: LatticePotential((4,), 2, even=False, context_features=1), (4,), 1
     ),
     "network": Example(lambda a: AutogradPotential(Network(3, a)), (3,)),
     "network-everything": Example(

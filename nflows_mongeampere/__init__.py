@@ -13,7 +13,7 @@ from nflows_mongeampere.models import refined, transport_costs
 from nflows_mongeampere.potentials import (
     AutogradPotential,
     ConvolutionalPotential,
-    DeepPotential,
+    LatticePotential,
     Potential,
     RidgePotential,
     SymmetrizedPotential,
@@ -34,7 +34,7 @@ __all__ = [
     "Group",
     "IntegrationError",
     "Integrator",
-    "MongeAmpereCouplingTransform",
+    "LatticePotential",
     "MongeAmpereFlow",
     "MongeAmpereTransform",
     "Potential",

@@ -15,16 +15,17 @@ from torch.nn import functional as F
 from nflows_mongeampere import (
     AutogradPotential,
     ConvolutionalPotential,
-    DeepPotential,
+    LatticePotential,
     Potential,
     RidgePotential,
     SymmetrizedPotential,
 )
 from nflows_mongeampere.dynamics import FieldDynamics
 from nflows_mongeampere.groups import Group, point_group, reflections, translations
+from nflows_mongeampere.potentials import lattice as lattice_module
 from nflows_mongeampere.potentials import orbits
 from nflows_mongeampere.potentials.convolutional import ConvolutionalDynamics
-from nflows_mongeampere.potentials.layers import LayersDynamics
+from nflows_mongeampere.potentials.lattice import SiteDynamics
 from nflows_mongeampere.potentials.orbits import LatticeDynamics
 from nflows_mongeampere.potentials.ridges import ReducedDynamics, RidgeDynamics
 
@@ -91,11 +92,12 @@ def convolutional(shape: Sequence[int], **options: object) -> ConvolutionalPoten
     return potential
 
 
-def deep(features: int, widths: int | Sequence[int], **options: object) -> DeepPotential:
-    """A deep potential in float64 with numbers that differ from place to place."""
-    potential = DeepPotential(features, widths, **options).double()  # type: ignore[arg-type]
-    for parameter in potential.parameters():
-        nn.init.normal_(parameter, std=0.4)
+def sites(shape: Sequence[int], *, fourier: bool = False, **options: object) -> LatticePotential:
+    """Kernels with functions of their own, moved by products or in Fourier space."""
+    with mock.patch.object(lattice_module, "DENSE_SITES", 0 if fourier else 400):
+        potential = LatticePotential(shape, 2, **options).double()  # type: ignore[arg-type]
+    for name, parameter in potential.named_parameters():
+        nn.init.normal_(parameter, std=0.3 if name == "weight" else 0.1)
     return potential
 
 
@@ -167,6 +169,14 @@ POTENTIALS = {
     "cube": Example(
         lambda: lattice(ridge(12, 2, scale=5), translations((2, 3, 2))), (12,), LatticeDynamics
     ),
+    "sites": Example(lambda: sites((2, 3)), (2, 3), SiteDynamics),
+    "sites-all": Example(lambda: sites((2, 2), even=False, context_features=2), (4,), SiteDynamics),
+    "sites-fourier": Example(lambda: sites((3, 2), fourier=True, powers=2), (6,), SiteDynamics),
+    "sites-fourier-all": Example(
+        lambda: sites((2, 1, 3), fourier=True, even=False, context_features=2),
+        (2, 1, 3),
+        SiteDynamics,
+    ),
     "mirrored-images": Example(
         lambda: SymmetrizedPotential(convolutional((1, 2, 3)), reflections((1, 2, 3))),
         (1, 2, 3),
@@ -215,28 +225,23 @@ def convolutional_value(potential: ConvolutionalPotential, x: Tensor) -> Tensor:
     return (potential.amplitude * sigma).flatten(1).sum(1)
 
 
-def deep_value(
-    potential: DeepPotential, x: Tensor, t: float | Tensor = 0.0, context: Tensor | None = None
-) -> Tensor:
-    """The definition: units one by one, tanh or sigmoid from layer to layer, all read out."""
-    softplus = potential.activation == "softplus"
-    units = [(x.flatten(1) * row).sum(1) for row in potential.weight]
-    units = [h + b for h, b in zip(units, potential.bias, strict=True)]
-    if potential.time_weight is not None:
-        units = [h + v * t for h, v in zip(units, potential.time_weight, strict=True)]
+def lattice_value(potential: LatticePotential, x: Tensor, context: Tensor | None) -> Tensor:
+    """The definition: kernel by kernel and site by site, with the integrals of tanh^n."""
+    shape, count = potential.shape, potential.powers
+    fields, value = x.reshape(len(x), *shape), torch.zeros(len(x), dtype=x.dtype)
+    amplitude = potential.amplitude.expand(len(x), -1, -1)
     if potential.context_weight is not None and context is not None:
-        rows = (context @ potential.context_weight.T).T
-        units = [h + row for h, row in zip(units, rows, strict=True)]
-    layers = [units]
-    for weight, bias in zip(potential.hidden_weights, potential.hidden_biases, strict=True):
-        y = torch.stack([h.sigmoid() if softplus else h.tanh() for h in layers[-1]])
-        layers.append(list(weight @ y + bias[:, None]))
-    value = 0.5 * torch.einsum("bi,ij,bj->b", x.flatten(1), potential.quadratic, x.flatten(1))
-    value = value + x.flatten(1) @ potential.drift
-    for row, h in zip(potential.amplitude, [h for layer in layers for h in layer], strict=True):
-        time = torch.as_tensor(t, dtype=torch.float64)
-        a = sum(a * torch.cos(time * math.pi * k) for k, a in enumerate(row))
-        value = value + a * (F.softplus(h, threshold=100) if softplus else h.cosh().log())
+        amplitude = amplitude + torch.tensordot(context, potential.context_weight, 1)
+    dims = tuple(range(1, len(shape) + 1))
+    for k, kernel in enumerate(potential.symmetric_weight):
+        for shift in itertools.product(*map(range, shape)):
+            moved = kernel.view(1, *shape).roll(shift, dims)
+            h = (fields * moved).flatten(1).sum(1)
+            p, log_cosh = h.tanh(), h.cosh().log()
+            even = [log_cosh, log_cosh - p**2 / 2, log_cosh - p**2 / 2 - p**4 / 4]
+            functions = [*even[:count], *(() if potential.even else (h, h - p, h - p - p**3 / 3))]
+            mixed = torch.stack(functions, 1) @ potential.mixing
+            value = value + potential.unit[k] * (mixed * amplitude[:, :, k]).sum(1)
     return value
 
 
@@ -248,6 +253,8 @@ def definition(potential: Potential, context: Tensor | None = None) -> Value:
         return lambda x, t: deep_value(potential, x, t, context)
     if isinstance(potential, ConvolutionalPotential):
         return lambda x, t: convolutional_value(potential, x)
+    if isinstance(potential, LatticePotential):
+        return lambda x, t: lattice_value(potential, x, context)
     if isinstance(potential, SymmetrizedPotential):
         inner, group = definition(potential.potential, context), potential.group
 

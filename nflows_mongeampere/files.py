@@ -24,7 +24,6 @@ from nflows_mongeampere.atomic import write as write  # for those who write besi
 from nflows_mongeampere.flow import MongeAmpereFlow, Noise
 from nflows_mongeampere.groups import Group
 from nflows_mongeampere.lattices import LatticeFlow
-from nflows_mongeampere.modes import LatticeModes
 from nflows_mongeampere.transform import MongeAmpereTransform
 from nflows_mongeampere.version import __version__
 
@@ -227,7 +226,6 @@ OURS: tuple[type, ...] = (
     MongeAmpereTransform,
     MongeAmpereFlow,
     LatticeFlow,
-    LatticeModes,
 )
 
 # Each class that a file may name, and the arguments that build one like a given instance.
@@ -265,7 +263,6 @@ KNOWN: dict[str, tuple[type, Callable[[Any], Arguments]]] = {
 
 # Where the values come with the tensors, only the shape has to be right.
 _CONSTRUCTORS: dict[str, Callable[..., Any]] = {
-    "LatticeModes": lambda shape, mean, group: LatticeModes(torch.zeros(shape), mean, group),
     "Group": Group.generated_by,
     "PointwiseAffineTransform": lambda shape, scale: transforms.PointwiseAffineTransform(
         torch.zeros(shape), torch.ones(scale)

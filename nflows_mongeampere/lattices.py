@@ -167,9 +167,9 @@ class LatticeFlow(Flow):
             self.modes.mean.copy_(smaller.modes.mean)
         for piece, learnt in zip(self.pieces, smaller.pieces, strict=True):
             mine, other = piece.potential, learnt.potential
-            state = {k: v for k, v in other.state_dict().items() if "weight.original" not in k}
-            mine.load_state_dict(state, strict=False)
-            mine.weight = _padded(other.weight, smaller.shape, self.shape)
+            state = other.state_dict()
+            state["weight"] = _padded(other.symmetric_weight, smaller.shape, self.shape)
+            mine.load_state_dict(state)
 
     @property
     def modes(self) -> LatticeModes:
@@ -310,7 +310,7 @@ def best_gaussian(target: Any, found: Symmetries | None = None) -> tuple[Tensor,
     return modes.log_scale.detach(), mean
 
 
-def make_optimizer(flow: nn.Module, learning_rate: float = 3e-2) -> torch.optim.Optimizer:
+def make_optimizer(flow: nn.Module, learning_rate: float = 2e-2) -> torch.optim.Optimizer:
     r"""Adam for a :class:`LatticeFlow`, with learning rates that suit the size of the lattice.
 
     Args:
@@ -336,7 +336,7 @@ def train(
     minutes: float | None = None,
     steps: int | None = None,
     num_samples: int = 64,
-    learning_rate: float = 3e-2,
+    learning_rate: float = 2e-2,
     path_gradient: bool = True,
     seed: int = 0,
     smaller_first: bool = True,

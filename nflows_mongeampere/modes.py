@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from nflows.transforms import Transform
 from torch import Tensor, nn
@@ -70,11 +68,6 @@ class LatticeModes(Transform):
         self.mean: nn.Parameter | None = None
         if mean is not None:
             self.mean = nn.Parameter(log_scale.new_tensor(validation.number("mean", mean)))
-
-    def arguments(self) -> dict[str, Any]:
-        """What builds a transform like this one, the shape in place of the scales."""
-        mean = None if self.mean is None else 0.0
-        return {"shape": list(self.log_scale.shape), "mean": mean, "group": self.group}
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         r"""Data to noise.

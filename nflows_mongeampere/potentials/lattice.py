@@ -9,7 +9,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import register_parametrization
 
 from nflows_mongeampere import validation
 from nflows_mongeampere.averages import Average
@@ -52,9 +51,12 @@ class LatticePotential(ClosedFormPotential):
         context_features: width of the context, in which the amplitudes are linear, or None.
 
     Attributes:
-        weight: w, shape (K, D): for each kernel a number for each site.
+        weight: the kernels, shape (K, D), a number for each site; what the group does not leave
+            alone is averaged away, which leaves w.
         amplitude: of each function of each kernel, shape (P, K) or, unless even, (2P, K). The
             functions are mixed so that their slopes are orthonormal for normal h.
+        mixing: the coefficients of the mixtures, a column for each function.
+        unit: by which each kernel's functions are scaled, shape (K,).
         context_weight: how the amplitudes change with the context, shape (C, P or 2P, K), or None.
 
     Raises:
@@ -101,12 +103,11 @@ class LatticePotential(ClosedFormPotential):
             else nn.Parameter(torch.empty(context_features, functions, self.kernels))
         )
         self.register_buffer("unit", torch.empty(self.kernels))
-        mixing = torch.from_numpy(_mixing(self.powers, self.even)).to(self.amplitude.dtype)
-        self.register_buffer("mixing", mixing, persistent=False)
+        self._average = Average(self.group)
         self.reset_parameters()
-        register_parametrization(self, "weight", Average(self.group))
-        if self.features <= DENSE_SITES:
-            self.register_buffer("_places", _places(self.shape), persistent=False)
+        # follow from the arguments, and stay on the CPU where models are built without numbers
+        self.mixing = torch.from_numpy(_mixing(self.powers, self.even))
+        self._places = _places(self.shape) if self.features <= DENSE_SITES else None
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -120,6 +121,12 @@ class LatticePotential(ClosedFormPotential):
         modes = torch.fft.fftn(kernels.unflatten(1, self.shape), dim=_sides(self.shape))
         self.unit.copy_(modes.abs().square().flatten(1).amax(1).reciprocal())
 
+    @property
+    def symmetric_weight(self) -> Tensor:
+        """The kernels w, the average of :attr:`weight` over the group, shape (K, D)."""
+        average: Tensor = self._average(self.weight)
+        return average
+
     def dynamics(
         self, inputs: Tensor, context: Tensor | None, evaluations: int, costs: bool = False
     ) -> Dynamics:
@@ -129,9 +136,9 @@ class LatticePotential(ClosedFormPotential):
 
     def _tensors(self, context: Tensor | None) -> SiteTensors:
         """What the equations of motion are made of."""
-        weight = self.weight
-        if self.features <= DENSE_SITES:
-            kernels = weight[:, self._places].flatten(0, 1)
+        weight = self.symmetric_weight
+        if self._places is not None:
+            kernels = weight[:, self._places.to(weight.device)].flatten(0, 1)
         else:
             kernels = torch.fft.rfftn(
                 weight.unflatten(1, self.shape), dim=_sides(self.shape)
@@ -143,7 +150,8 @@ class LatticePotential(ClosedFormPotential):
         amplitude = self.amplitude[..., None]
         if self.context_weight is not None and context is not None:
             amplitude = amplitude + torch.einsum("bc,cfk->fkb", context, self.context_weight)
-        return torch.einsum("mf,fkb->mkb", self.mixing, amplitude * self.unit[:, None])[:, :, None]
+        mixing = self.mixing.to(amplitude)
+        return torch.einsum("mf,fkb->mkb", mixing, amplitude * self.unit[:, None])[:, :, None]
 
     def _value(self, x: Tensor, t: Time | None, context: Tensor | None) -> Tensor:
         motion = self.dynamics(x, context, evaluations=1)
