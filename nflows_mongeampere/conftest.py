@@ -94,7 +94,7 @@ def convolutional(shape: Sequence[int], **options: object) -> ConvolutionalPoten
 
 def sites(shape: Sequence[int], *, fourier: bool = False, **options: object) -> LatticePotential:
     """Kernels with functions of their own, moved by products or in Fourier space."""
-    with mock.patch.object(lattice_module, "DENSE_SITES", 0 if fourier else 400):
+    with mock.patch.object(lattice_module, "DENSE_SITES", 0 if fourier else 100):
         potential = LatticePotential(shape, 2, **options).double()  # type: ignore[arg-type]
     for name, parameter in potential.named_parameters():
         nn.init.normal_(parameter, std=0.3 if name == "weight" else 0.1)

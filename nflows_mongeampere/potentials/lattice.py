@@ -18,7 +18,7 @@ from nflows_mongeampere.potentials.base import ClosedFormPotential
 
 # Sites of the largest lattice on which one product with all translates of the kernels is faster
 # than Fourier transforms (float32, one thread of a Xeon, batches of 64).
-DENSE_SITES = 400
+DENSE_SITES = 100
 
 
 class LatticePotential(ClosedFormPotential):
