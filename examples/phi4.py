@@ -39,7 +39,7 @@ COUPLINGS = {
     **{6: 6.975, 8: 6.008, 10: 5.55, 12: 5.276, 14: 5.113, 20: 4.807, 32: 4.572, 64: 4.398},
 }
 SAMPLES = 10_000  # drawn from a trained flow for its figures
-TOLERANCE = 1e-4  # of a free energy per site, when the solver's steps are doubled
+TOLERANCE = 1e-5  # of a free energy per site when the solver's steps are doubled, at most
 
 
 @dataclass(frozen=True)
@@ -117,10 +117,11 @@ def judge(
     seed, count, sites, length = config["seed"], config["samples"], target.sites, target.length
     few = min(count, 1000)
     torch.manual_seed(seed)
+    error = weigh(flow, target, few).corrected_free_energy.error * (few / count) ** 0.5 / sites
     found = converged(
         flow,
-        lambda: weigh(flow, target, few).free_energy.value / sites,
-        TOLERANCE / 10,  # small beside the statistical error
+        lambda: weigh(flow, target, few).corrected_free_energy.value / sites,
+        min(TOLERANCE, error / 10),
     )
 
     def drawn(factor: int) -> tuple[WeightedSamples, list[Estimate], list[int]]:

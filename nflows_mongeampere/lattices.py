@@ -24,6 +24,7 @@ from nflows.transforms import CompositeTransform
 from torch import Tensor, nn
 
 from nflows_mongeampere import validation
+from nflows_mongeampere.convergence import converged
 from nflows_mongeampere.flow import Noise
 from nflows_mongeampere.groups import Group, lattice_shape
 from nflows_mongeampere.modes import LatticeModes
@@ -45,6 +46,10 @@ GAUSSIAN_FIELDS = 512
 # Steps of a training between two validations, and the solver's error that its guard allows for
 # each site, in nats.
 INTERVAL, GUARDED = 50, 5e-4
+
+# How much the free energy of a trained flow may change at twice its solver's steps, in nats, and on
+# how many of its fields that is judged.
+SETTLED, JUDGED = 2e-3, 200
 
 # A new flow is first trained on a lattice half as long, for this part of its minutes, unless that
 # has a side shorter than so many sites.
@@ -136,7 +141,7 @@ class LatticeFlow(Flow):
                 the lattice.
             mean: of all sites; ignored by an even flow.
         """
-        self.modes.log_scale = log_scale
+        self.modes.log_scale = log_scale  # type: ignore[assignment]
         if self.modes.mean is not None:
             self.modes.mean.fill_(mean)
 
@@ -162,11 +167,13 @@ class LatticeFlow(Flow):
             correction: of the logarithms of the scales of the smaller lattice against its best
                 Gaussian, in the shape of that lattice; added to the scales here.
         """
-        self.modes.log_scale = self.modes.log_scale + _interpolated(correction, self.shape)
+        added = _interpolated(correction, self.shape)
+        self.modes.log_scale = self.modes.log_scale + added  # type: ignore[assignment]
         if self.modes.mean is not None and smaller.modes.mean is not None:
             self.modes.mean.copy_(smaller.modes.mean)
         for piece, learnt in zip(self.pieces, smaller.pieces, strict=True):
             mine, other = piece.potential, learnt.potential
+            assert isinstance(other, LatticePotential)
             state = other.state_dict()
             state["weight"] = _padded(other.symmetric_weight, smaller.shape, self.shape)
             mine.load_state_dict(state)
@@ -185,7 +192,8 @@ class LatticeFlow(Flow):
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the lattice."""
-        shape: tuple[int, ...] = self.pieces[0].potential.shape
+        potential: Any = self.pieces[0].potential
+        shape: tuple[int, ...] = potential.shape
         return shape
 
     @property
@@ -196,7 +204,8 @@ class LatticeFlow(Flow):
     @property
     def new(self) -> bool:
         """Whether nothing has been learnt yet, so that the flow is a Gaussian."""
-        return not any(bool(piece.potential.amplitude.any()) for piece in self.pieces)
+        potentials: list[Any] = [piece.potential for piece in self.pieces]
+        return not any(bool(potential.amplitude.any()) for potential in potentials)
 
     def arguments(self) -> dict[str, Any]:
         """The arguments that build a flow like this one, without what it has learnt."""
@@ -344,7 +353,8 @@ def train(
 ) -> History:
     """Train a flow towards a target by its variational free energy, and leave it for evaluation.
 
-    Path gradients, a solver that is watched, a learning rate that falls to zero over the budget. An
+    Path gradients, a solver that is watched, a learning rate that falls to zero over the budget. In
+    the end the solver takes as many steps as make the free energy stand still to 0.002 nats. An
     interrupted training is taken up from its folder.
 
     What a flow learns hardly depends on the size of the lattice, but the price of a step does: a
@@ -424,6 +434,10 @@ def train(
     # the learning rate has come down to zero and nothing can be learnt by heart: the last is best
     restore(objective, Path(folder) / "last.ckpt")
     flow.cpu().eval()
+    torch.manual_seed(seed)
+    settled = converged(flow, lambda: weigh(flow, target, JUDGED).free_energy.value, SETTLED)
+    for piece in flow.pieces:
+        piece.steps *= settled.factor
     return history
 
 
@@ -434,8 +448,8 @@ def _padded(kernels: Tensor, shape: tuple[int, ...], larger: tuple[int, ...]) ->
     for side, longer in zip(shape, larger, strict=True):
         site = torch.arange(side)
         places.append(torch.where(site <= side // 2, site, site - side) % longer)
-    grid = torch.meshgrid(*places, indexing="ij")
-    padded[(slice(None), *grid)] = kernels.unflatten(1, shape)
+    index: tuple[Any, ...] = (slice(None), *torch.meshgrid(*places, indexing="ij"))
+    padded[index] = kernels.unflatten(1, shape)
     return padded.flatten(1)
 
 

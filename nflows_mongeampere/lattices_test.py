@@ -10,7 +10,7 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor
 
-from nflows_mongeampere import files
+from nflows_mongeampere import files, refined
 from nflows_mongeampere.groups import Group, point_group, sign_flip, translations
 from nflows_mongeampere.lattices import (
     LatticeAction,
@@ -209,3 +209,69 @@ def test_other_mistakes_name_the_argument():
     with pytest.raises(ValueError, match="^target: no Gaussian|^action: got NaN or minus"):
         LatticeFlow.towards(LatticeAction((2, 2), lambda phi: -phi.pow(4).sum((1, 2))))
     assert isinstance(LatticeFlow((2, 2)).group, Group)
+
+
+def trained(target: LatticeAction, folder, steps: int):
+    torch.manual_seed(0)
+    flow = LatticeFlow.towards(target, pieces=4)
+    train(flow, target, folder, steps=steps)
+    return weigh(flow, target, 2000)
+
+
+def test_a_sextic_action_against_quadrature(tmp_path):
+    """Over four sites; not even, so that the flow needs a mean."""
+
+    def sextic(phi: Tensor) -> Tensor:
+        return free(phi) + (phi.pow(6) - phi.square() + phi / 2).sum((1, 2))
+
+    target = LatticeAction((2, 2), sextic)
+    samples = trained(target, tmp_path, 60)
+    grid = torch.linspace(-2, 2, 33, dtype=torch.float64)
+    x = torch.cartesian_prod(grid, grid, grid, grid)
+    log_prob = target.log_prob(x)
+    exact = -(float(log_prob.logsumexp(0)) - 4 * math.log(8))
+    found = samples.corrected_free_energy
+    assert abs(found.value - exact) < 4 * found.error
+    assert found.error < 0.02
+    mean = samples.mean(samples.x.mean(1))
+    assert abs(mean.value - float(log_prob.softmax(0) @ x.mean(1))) < 4 * mean.error
+
+
+def test_the_xy_model_against_quadrature(tmp_path):
+    """As a field of two components, whose angles are free given the field."""
+    beta, length = 0.4, 2
+    coupling = torch.tensor([[4.0, 0.0], [0.0, -4.0]]) * beta
+    alpha = 0.1 - coupling.min()
+    width = coupling + alpha
+
+    def action(x: Tensor) -> Tensor:
+        modes = torch.fft.fft2(x).abs().square() / length**2
+        size = (x.square().sum(1) + 1e-12).sqrt()
+        log_bessel = size + torch.special.i0e(size).log()
+        return (modes / width).sum((1, 2, 3)) / 2 - log_bessel.sum((1, 2))
+
+    samples = trained(LatticeAction((2, length, length), action), tmp_path, 60)
+    found = samples.corrected_free_energy
+    shift = float(alpha * length**2 / 2 + width.log().sum())
+    angles = 2 * math.pi * torch.arange(32, dtype=torch.float64) / 32
+    a, b, c = torch.cartesian_prod(angles, angles, angles).T  # the first is zero
+    bonds = a.cos() + b.cos() + (a - c).cos() + (b - c).cos()
+    exact = (
+        -float((2 * beta * bonds).logsumexp(0)) - 3 * math.log(angles[1]) - math.log(2 * math.pi)
+    )
+    assert abs(found.value + shift - exact) < 4 * found.error
+    assert found.error < 0.01
+
+
+def test_a_trained_flow_takes_enough_steps(tmp_path):
+    """Its weights are right to a fraction of their error bars."""
+    target = Ising(4)
+    torch.manual_seed(0)
+    flow = LatticeFlow.towards(target, pieces=3)
+    train(flow, target, tmp_path, steps=80)
+    values = []
+    for factor in (1, 4):
+        torch.manual_seed(1)
+        with refined(flow, factor):
+            values.append(weigh(flow, target, 500).corrected_free_energy.value)
+    assert abs(values[0] - values[1]) < 4e-3

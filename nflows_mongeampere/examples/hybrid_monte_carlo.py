@@ -58,15 +58,14 @@ class HybridMonteCarlo:
             observables: of fields (B, D), shape (B, K).
             trajectories: of each chain.
         """
-        total, accepted = 0.0, 0.0
+        total, accepted = torch.zeros(()), 0.0
         for _ in range(trajectories):
             accepted += self._trajectory() / trajectories
             total = total + observables(self._phi).double() / trajectories
         self.acceptance = accepted
-        means = torch.as_tensor(total)
-        errors = means.std(0) / math.sqrt(len(means))
+        errors = total.std(0) / math.sqrt(len(total))
         return [
-            Estimate(*pair) for pair in zip(means.mean(0).tolist(), errors.tolist(), strict=True)
+            Estimate(*pair) for pair in zip(total.mean(0).tolist(), errors.tolist(), strict=True)
         ]
 
     def _trajectory(self) -> float:

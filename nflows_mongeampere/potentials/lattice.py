@@ -36,7 +36,7 @@ class LatticePotential(ClosedFormPotential):
     so that all derivatives are polynomials of :math:`p = \tanh h`: one transcendental function for
     each kernel and site. Perturbation theory wants this form: to first order in an interaction
     :math:`\sum_i V(x_i)` the flow from a Gaussian with precision M has
-    :math:`u = \int_0^\infty ds \sum_i V_s\big((e^{-Ms} x)_i\big)`, kernels that spread with s and
+    :math:`u = -\int_0^\infty ds \sum_i V_s\big((e^{-Ms} x)_i\big)`, kernels that spread with s and
     functions that are V, smeared out.
 
     The amplitude starts at zero: a new flow is the identity map.
@@ -73,6 +73,7 @@ class LatticePotential(ClosedFormPotential):
     """
 
     features: int
+    unit: Tensor
 
     def __init__(
         self,
@@ -103,7 +104,7 @@ class LatticePotential(ClosedFormPotential):
             else nn.Parameter(torch.empty(context_features, functions, self.kernels))
         )
         self.register_buffer("unit", torch.empty(self.kernels))
-        self._average = Average(self.group)
+        self.average = Average(self.group)
         self.reset_parameters()
         # follow from the arguments, and stay on the CPU where models are built without numbers
         self.mixing = torch.from_numpy(_mixing(self.powers, self.even))
@@ -124,7 +125,7 @@ class LatticePotential(ClosedFormPotential):
     @property
     def symmetric_weight(self) -> Tensor:
         """The kernels w, the average of :attr:`weight` over the group, shape (K, D)."""
-        average: Tensor = self._average(self.weight)
+        average: Tensor = self.average(self.weight)
         return average
 
     def dynamics(
@@ -151,7 +152,8 @@ class LatticePotential(ClosedFormPotential):
         if self.context_weight is not None and context is not None:
             amplitude = amplitude + torch.einsum("bc,cfk->fkb", context, self.context_weight)
         mixing = self.mixing.to(amplitude)
-        return torch.einsum("mf,fkb->mkb", mixing, amplitude * self.unit[:, None])[:, :, None]
+        mixed: Tensor = torch.einsum("mf,fkb->mkb", mixing, amplitude * self.unit[:, None])
+        return mixed[:, :, None]
 
     def _value(self, x: Tensor, t: Time | None, context: Tensor | None) -> Tensor:
         motion = self.dynamics(x, context, evaluations=1)
@@ -338,14 +340,15 @@ class SiteDynamics(Dynamics):
 
     def _fields(self, modes: Tensor) -> Tensor:
         sides = tuple(side - 1 for side in _sides(self._shape))
-        fields = torch.fft.irfftn(modes, s=self._shape, dim=sides)
+        fields: Tensor = torch.fft.irfftn(modes, s=self._shape, dim=sides)
         return fields.flatten(-1 - len(self._shape), -2)
 
     def _correlate(self, x: Tensor) -> Tensor:
         """The products with all translates of all kernels, (K, D, B)."""
         kernels = self.tensors.kernels
         if not self._fourier:
-            return (kernels @ x).unflatten(0, (-1, self.coordinates))
+            products: Tensor = kernels @ x
+            return products.view(-1, self.coordinates, x.shape[-1])
         return self._fields(x * kernels[..., None])
 
     def _convolve(self, g: Tensor) -> Tensor:

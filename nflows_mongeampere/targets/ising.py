@@ -130,7 +130,8 @@ class Ising(Lattice):
                   - \frac{1}{2N} \ln \det(K + \alpha I)
         """
         volume = 0.5 * (math.log(2 * math.pi) + float(self._eigenvalues.log().mean()))
-        return math.log(2) - self.alpha / 2 - volume
+        shift: float = math.log(2) - self.alpha / 2 - volume
+        return shift
 
     @property
     def spin_free_energy(self) -> float:
