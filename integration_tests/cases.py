@@ -116,9 +116,9 @@ POTENTIALS = {
         lambda a: SymmetrizedPotential(RidgePotential(4, 2, activation=a), translations((2, 2))),
         (2, 2),
     ),
-    "lattice": Example(lambda a: LatticePotential((2, 2), 2), (2, 2)),
+    "lattice": Example(lambda a: LatticePotential((2, 2), 1, powers=1), (2, 2)),
     "lattice-context": Example(
-        lambda a: LatticePotential((4,), 2, even=False, context_features=1), (4,), 1
+        lambda a: LatticePotential((4,), 1, powers=1, even=False, context_features=1), (4,), 1
     ),
     "network": Example(lambda a: AutogradPotential(Network(3, a)), (3,)),
     "network-everything": Example(

@@ -231,7 +231,7 @@ def lattice_value(potential: LatticePotential, x: Tensor, context: Tensor | None
     fields, value = x.reshape(len(x), *shape), torch.zeros(len(x), dtype=x.dtype)
     amplitude = potential.amplitude.expand(len(x), -1, -1)
     if potential.context_weight is not None and context is not None:
-        amplitude = amplitude + torch.tensordot(context, potential.context_weight, 1)
+        amplitude = amplitude * (1 + torch.tensordot(context, potential.context_weight, 1))
     dims = tuple(range(1, len(shape) + 1))
     for k, kernel in enumerate(potential.symmetric_weight):
         for shift in itertools.product(*map(range, shape)):

@@ -48,7 +48,7 @@ class LatticePotential(ClosedFormPotential):
         even: whether :math:`u(-x) = u(x)`.
         group: what leaves the kernels alone, and must keep the first site; the point group of the
             lattice unless given.
-        context_features: width of the context, in which the amplitudes are linear, or None.
+        context_features: width of the context c, or None: amplitudes are :math:`a (1 + V c)`.
 
     Attributes:
         weight: the kernels, shape (K, D), a number for each site; what the group does not leave
@@ -57,7 +57,7 @@ class LatticePotential(ClosedFormPotential):
             functions are mixed so that their slopes are orthonormal for normal h.
         mixing: the coefficients of the mixtures, a column for each function.
         unit: by which each kernel's functions are scaled, shape (K,).
-        context_weight: how the amplitudes change with the context, shape (C, P or 2P, K), or None.
+        context_weight: V, shape (C, P or 2P, K), or None.
 
     Raises:
         TypeError, ValueError: for arguments that do not fit.
@@ -117,7 +117,7 @@ class LatticePotential(ClosedFormPotential):
         self.weight.copy_(kernels)
         nn.init.zeros_(self.amplitude)
         if self.context_weight is not None:
-            nn.init.zeros_(self.context_weight)
+            nn.init.normal_(self.context_weight, std=0.3 / math.sqrt(len(self.context_weight)))
         # a wide kernel pushes all sites at once: its functions are scaled by its largest mode
         modes = torch.fft.fftn(kernels.unflatten(1, self.shape), dim=_sides(self.shape))
         self.unit.copy_(modes.abs().square().flatten(1).amax(1).reciprocal())
@@ -150,7 +150,8 @@ class LatticePotential(ClosedFormPotential):
         """Of the powers of p², those of odd functions behind, shape (P or 2P, K, 1, B or 1)."""
         amplitude = self.amplitude[..., None]
         if self.context_weight is not None and context is not None:
-            amplitude = amplitude + torch.einsum("bc,cfk->fkb", context, self.context_weight)
+            change = torch.einsum("bc,cfk->fkb", context, self.context_weight)
+            amplitude = amplitude * (1 + change)
         mixing = self.mixing.to(amplitude)
         mixed: Tensor = torch.einsum("mf,fkb->mkb", mixing, amplitude * self.unit[:, None])
         return mixed[:, :, None]
