@@ -118,7 +118,7 @@ POTENTIALS = {
     ),
     "lattice": Example(lambda a: LatticePotential((2, 2), 1, powers=1), (2, 2)),
     "lattice-context": Example(
-        lambda a: LatticePotential((4,), 1, powers=1, even=False, context_features=1), (4,), 1
+        lambda a: LatticePotential((6,), 1, powers=1, even=False, context_features=1), (6,), 1
     ),
     "network": Example(lambda a: AutogradPotential(Network(3, a)), (3,)),
     "network-everything": Example(
