@@ -87,9 +87,9 @@ def test_an_action_that_translations_change_is_refused():
     def pinned(phi: Tensor) -> Tensor:
         return free(phi) + phi[:, 0, 0].square()
 
-    with pytest.raises(ValueError, match="^target: its log-density changes when fields move"):
+    with pytest.raises(ValueError, match=r"^target: its log-density changes when fields move"):
         LatticeFlow.towards(LatticeAction((4, 4), pinned))
-    with pytest.raises(ValueError, match="^target: its log-density changes when fields move"):
+    with pytest.raises(ValueError, match=r"^target: its log-density changes when fields move"):
         LatticeFlow.towards(Ising(4, boundary="open"))
 
 
@@ -192,21 +192,21 @@ def test_an_action_that_is_no_real_finite_number_for_each_field_is_named(action,
 
 
 def test_other_mistakes_name_the_argument():
-    with pytest.raises(TypeError, match="^action: got int"):
+    with pytest.raises(TypeError, match=r"^action: got int"):
         LatticeAction((4, 4), 3)
-    with pytest.raises(TypeError, match="^shape: got 4"):
+    with pytest.raises(TypeError, match=r"^shape: got 4"):
         LatticeAction(4, free)
     with pytest.raises(ValueError, match=r"^x: got shape \(2, 9\), expected \(B, 16\)"):
         LatticeAction((4, 4), free).log_prob(torch.zeros(2, 9))
-    with pytest.raises(TypeError, match="^target: got function without log_prob"):
+    with pytest.raises(TypeError, match=r"^target: got function without log_prob"):
         LatticeFlow.towards(free)
-    with pytest.raises(ValueError, match="^group: got one that acts on 9 entries, expected 16"):
+    with pytest.raises(ValueError, match=r"^group: got one that acts on 9 entries, expected 16"):
         LatticeFlow((4, 4), group=point_group((3, 3)))
-    with pytest.raises(TypeError, match="^group: got str"):
+    with pytest.raises(TypeError, match=r"^group: got str"):
         LatticeFlow((4, 4), group="square")
-    with pytest.raises(ValueError, match="^pieces: got 0"):
+    with pytest.raises(ValueError, match=r"^pieces: got 0"):
         LatticeFlow((4, 4), pieces=0)
-    with pytest.raises(ValueError, match="^target: no Gaussian|^action: got NaN or minus"):
+    with pytest.raises(ValueError, match=r"^target: no Gaussian|^action: got NaN or minus"):
         LatticeFlow.towards(LatticeAction((2, 2), lambda phi: -phi.pow(4).sum((1, 2))))
     assert isinstance(LatticeFlow((2, 2)).group, Group)
 
