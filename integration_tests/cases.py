@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from nflows_mongeampere import (
     AutogradPotential,
     ConvolutionalPotential,
+    DeepPotential,
     LatticePotential,
     MongeAmpereTransform,
     Potential,

@@ -13,6 +13,7 @@ from nflows_mongeampere.models import refined, transport_costs
 from nflows_mongeampere.potentials import (
     AutogradPotential,
     ConvolutionalPotential,
+    DeepPotential,
     LatticePotential,
     Potential,
     RidgePotential,
@@ -35,6 +36,7 @@ __all__ = [
     "IntegrationError",
     "Integrator",
     "LatticePotential",
+    "MongeAmpereCouplingTransform",
     "MongeAmpereFlow",
     "MongeAmpereTransform",
     "Potential",

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from nflows_mongeampere import (
     AutogradPotential,
     ConvolutionalPotential,
+    DeepPotential,
     LatticePotential,
     Potential,
     RidgePotential,
@@ -26,6 +27,7 @@ from nflows_mongeampere.potentials import lattice as lattice_module
 from nflows_mongeampere.potentials import orbits
 from nflows_mongeampere.potentials.convolutional import ConvolutionalDynamics
 from nflows_mongeampere.potentials.lattice import SiteDynamics
+from nflows_mongeampere.potentials.layers import LayersDynamics
 from nflows_mongeampere.potentials.orbits import LatticeDynamics
 from nflows_mongeampere.potentials.ridges import ReducedDynamics, RidgeDynamics
 
@@ -89,6 +91,14 @@ def convolutional(shape: Sequence[int], **options: object) -> ConvolutionalPoten
     potential = ConvolutionalPotential(shape, 3, **{"kernel_size": 3, **options}).double()  # type: ignore[arg-type]
     for parameter in potential.parameters():
         nn.init.normal_(parameter, std=0.3)
+    return potential
+
+
+def deep(features: int, widths: int | Sequence[int], **options: object) -> DeepPotential:
+    """A deep potential in float64 with numbers that differ from place to place."""
+    potential = DeepPotential(features, widths, **options).double()  # type: ignore[arg-type]
+    for parameter in potential.parameters():
+        nn.init.normal_(parameter, std=0.4)
     return potential
 
 
@@ -223,6 +233,31 @@ def convolutional_value(potential: ConvolutionalPotential, x: Tensor) -> Tensor:
     h = F.conv2d(images, potential.weight, padding=potential.kernel_size // 2) + potential.bias
     sigma = F.softplus(h, threshold=100) if potential.activation == "softplus" else h.cosh().log()
     return (potential.amplitude * sigma).flatten(1).sum(1)
+
+
+def deep_value(
+    potential: DeepPotential, x: Tensor, t: float | Tensor = 0.0, context: Tensor | None = None
+) -> Tensor:
+    """The definition: units one by one, tanh or sigmoid from layer to layer, all read out."""
+    softplus = potential.activation == "softplus"
+    units = [(x.flatten(1) * row).sum(1) for row in potential.weight]
+    units = [h + b for h, b in zip(units, potential.bias, strict=True)]
+    if potential.time_weight is not None:
+        units = [h + v * t for h, v in zip(units, potential.time_weight, strict=True)]
+    if potential.context_weight is not None and context is not None:
+        rows = (context @ potential.context_weight.T).T
+        units = [h + row for h, row in zip(units, rows, strict=True)]
+    layers = [units]
+    for weight, bias in zip(potential.hidden_weights, potential.hidden_biases, strict=True):
+        y = torch.stack([h.sigmoid() if softplus else h.tanh() for h in layers[-1]])
+        layers.append(list(weight @ y + bias[:, None]))
+    value = 0.5 * torch.einsum("bi,ij,bj->b", x.flatten(1), potential.quadratic, x.flatten(1))
+    value = value + x.flatten(1) @ potential.drift
+    for row, h in zip(potential.amplitude, [h for layer in layers for h in layer], strict=True):
+        time = torch.as_tensor(t, dtype=torch.float64)
+        a = sum(a * torch.cos(time * math.pi * k) for k, a in enumerate(row))
+        value = value + a * (F.softplus(h, threshold=100) if softplus else h.cosh().log())
+    return value
 
 
 def lattice_value(potential: LatticePotential, x: Tensor, context: Tensor | None) -> Tensor:

@@ -24,6 +24,7 @@ from nflows_mongeampere.atomic import write as write  # for those who write besi
 from nflows_mongeampere.flow import MongeAmpereFlow, Noise
 from nflows_mongeampere.groups import Group
 from nflows_mongeampere.lattices import LatticeFlow
+from nflows_mongeampere.tabular import Bounded, NormalMixture, SinhArcsinh, Table
 from nflows_mongeampere.transform import MongeAmpereTransform
 from nflows_mongeampere.version import __version__
 
@@ -225,6 +226,10 @@ OURS: tuple[type, ...] = (
     Group,
     MongeAmpereTransform,
     MongeAmpereFlow,
+    Bounded,
+    SinhArcsinh,
+    NormalMixture,
+    Table,
     LatticeFlow,
 )
 

@@ -3,6 +3,7 @@
 from nflows_mongeampere.potentials.autograd import AutogradPotential
 from nflows_mongeampere.potentials.base import Potential
 from nflows_mongeampere.potentials.convolutional import ConvolutionalPotential
+from nflows_mongeampere.potentials.deep import DeepPotential
 from nflows_mongeampere.potentials.lattice import LatticePotential
 from nflows_mongeampere.potentials.ridge import RidgePotential
 from nflows_mongeampere.potentials.symmetrized import SymmetrizedPotential
@@ -10,6 +11,7 @@ from nflows_mongeampere.potentials.symmetrized import SymmetrizedPotential
 __all__ = [
     "AutogradPotential",
     "ConvolutionalPotential",
+    "DeepPotential",
     "LatticePotential",
     "Potential",
     "RidgePotential",
