@@ -309,23 +309,27 @@ def deep(features: int, hidden: int) -> Nflows:
 def coupling(features: int, hidden: int) -> Nflows:
     """Coupling layers that move half of the features in ridges which a network draws from the rest.
 
-    The network is small and forgets half of its units, because it is what learns by heart.
+    Of many features there are few images, and the network forgets half of its units in training,
+    because it is what learns by heart. In the plane ridges start sharp, and rows are endless.
     """
-    width = 64
+    many = features > 8
+    width = 64 if many else 32
 
     def network(passing: int, outputs: int) -> nn.Module:
-        inner = (nn.Linear(passing, width), nn.SiLU(), nn.Dropout(0.5))
-        return nn.Sequential(*inner, nn.Linear(width, outputs), nn.SiLU())
+        inner = [nn.Linear(passing, 64), nn.SiLU(), nn.Dropout(0.5 if many else 0.0)]
+        if not many:
+            inner += [nn.Linear(64, 64), nn.SiLU()]
+        last = [nn.Linear(64, outputs), *([nn.SiLU()] if many else [])]
+        return nn.Sequential(*inner, *last)
 
     layers = []
     for i in range(4):
-        mask = (torch.arange(features) // 2 ** (i // 2) % 2 == i % 2).int()
+        # the features alternate, then the pairs of features
+        mask = torch.arange(features) // (2 if i > 1 and features > 2 else 1) % 2 == i % 2
         moving = int(mask.sum())
         potential = RidgePotential(moving, hidden, context_features=width)
-        with torch.no_grad():
-            axes = min(moving, hidden)
-            potential.weight[:axes] = torch.eye(moving)[:axes]
-        layers.append(MongeAmpereCouplingTransform(mask, network, potential, steps=2))
+        potential.initialize(torch.randn(500, moving), sharpness=3.0 if features == 2 else 1.0)
+        layers.append(MongeAmpereCouplingTransform(mask.int(), network, potential, steps=2))
     return Nflows(features, *layers)
 
 
@@ -507,7 +511,7 @@ FLOWS = {
     "stacked": Architecture("Monge-Ampère, two in a row", partial(ridge, transforms=2), RIDGES),
     "deep": Architecture("Monge-Ampère, deep", deep, {8: 32}),
     "coupling": Architecture(
-        "Monge-Ampère coupling", behind_linear(coupling), {64: 128, 784: 512}, least=4
+        "Monge-Ampère coupling", behind_linear(coupling), {2: 32, 64: 128, 784: 512}, least=2
     ),
     "network": Architecture("Monge-Ampère, network", network, NETWORKS),
     "ot-flow": Architecture("OT-Flow", ot_flow, {2: 32, 64: 64}),
