@@ -5,8 +5,7 @@ that the flow makes too likely or whose likelihood is too small it rejects, so t
 log-densities are right changes what an evidence costs, not its value. nessai brings a copy of
 nflows under another name. With ``GLASFLOW_USE_NFLOWS=True`` in the environment, set below, it uses
 nflows itself and takes any transform of it. The function ``monge_ampere`` makes such a flow; it
-runs beside nessai's default, a
-RealNVP.
+runs beside nessai's default, a RealNVP.
 
 The likelihood is Rosenbrock's, a narrow curved valley, under a uniform prior:
 
@@ -141,6 +140,7 @@ def sample(flow: str, live: int, seed: int) -> Run:
             resume=False,
             plot=False,
             pytorch_threads=torch.get_num_threads(),
+            signal_handling=False,
             **FLOWS[flow],
         )
         sampler.run(plot=False, save=False)

@@ -9,11 +9,16 @@ from importlib.metadata import metadata
 
 import nflows_mongeampere
 
-if "site-packages" not in nflows_mongeampere.__file__:
-    sys.exit(f"expected an installed wheel, got {nflows_mongeampere.__file__}")
-readme = metadata("nflows-mongeampere").get_payload()
-blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-for block in blocks:
-    exec(compile(block, "README.md", "exec"), {"__name__": "__main__"})
-sys.stdout.write(f"{len(blocks)} blocks of Python in the README run\n")
-sys.exit(not blocks)
+
+def main():
+    if "site-packages" not in nflows_mongeampere.__file__:
+        sys.exit(f"expected an installed wheel, got {nflows_mongeampere.__file__}")
+    readme = metadata("nflows-mongeampere").get_payload()
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {"__name__": "__main__"})
+    sys.exit(0 if blocks else "the README has no block of Python")
+
+
+if __name__ == "__main__":
+    main()
