@@ -327,7 +327,12 @@ def coupling(features: int, hidden: int) -> Nflows:
         # the features alternate, then the pairs of features
         mask = torch.arange(features) // (2 if i > 1 and features > 2 else 1) % 2 == i % 2
         moving = int(mask.sum())
-        potential = RidgePotential(moving, hidden, context_features=width)
+        potential = RidgePotential(
+            moving,
+            hidden,
+            context_features=width,
+            activation="softplus" if many else "logcosh",
+        )
         potential.initialize(torch.randn(500, moving), sharpness=3.0 if features == 2 else 1.0)
         layers.append(MongeAmpereCouplingTransform(mask.int(), network, potential, steps=2))
     return Nflows(features, *layers)
