@@ -111,7 +111,7 @@ POTENTIALS = {
     "convolutional": Example(_convolutional((2, 1, 3), 2, kernel_size=3), (2, 1, 3)),
     "deep": Example(_deep(2, 4), (2,)),
     "deep-everything": Example(
-        _deep(4, [3, 4, 2], context_features=2, time_dependent=True, modes=2), (1, 2, 2), 2
+        _deep(4, [3, 4], context_features=2, time_dependent=True, modes=2), (1, 2, 2), 2
     ),
     "symmetrized": Example(
         lambda a: SymmetrizedPotential(RidgePotential(4, 2, activation=a), translations((2, 2))),

@@ -586,9 +586,11 @@ def test_expanded_inputs(case):
     expanded = row.expand(4, *case.shape)
     wide = None if context is None else context.expand(4, -1)
     log_prob = model.log_prob(expanded, wide)
-    torch.testing.assert_close(log_prob, expected.expand(4))
+    # implicit steps find the root of a batch, and torchdyn's adjoints step by its norm
+    ours = case.solver != "ieuler" and "adjoint" not in case.sensitivity
+    bound = 1e-7 if ours else 1e-4
+    torch.testing.assert_close(log_prob, expected.expand(4), rtol=bound / 10, atol=bound / 10)
     (summed,) = torch.autograd.grad(log_prob.sum(), row)
-    bound = 1e-4 if case.solver == "ieuler" else 1e-7  # whose root is that of a batch
     torch.testing.assert_close(summed, 4 * gradient, rtol=bound, atol=bound)
 
 

@@ -185,7 +185,7 @@ class MongeAmpereDensity(DensityMixin, BaseEstimator):
         """The log-density of each row, in nats and in the units of the table, shape (N,)."""
         table = self._check(X)
         with torch.no_grad():
-            parts = torch.as_tensor(table).split(EVALUATED_ROWS)
+            parts = torch.tensor(table).split(EVALUATED_ROWS)
             log_prob: Array = torch.cat([self.model_.log_prob(part) for part in parts]).numpy()
         return log_prob
 
