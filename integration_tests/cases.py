@@ -92,7 +92,7 @@ def _deep(features: int, hidden: int | list[int], **keywords: Any) -> Callable[[
     def build(activation: str) -> Potential:
         potential = DeepPotential(features, hidden, activation=activation, **keywords)
         for parameter in potential.parameters():
-            nn.init.normal_(parameter, std=0.4)
+            nn.init.normal_(parameter, std=0.5)
         return potential
 
     return build
