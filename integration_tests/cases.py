@@ -92,7 +92,8 @@ def _deep(features: int, hidden: int | list[int], **keywords: Any) -> Callable[[
     def build(activation: str) -> Potential:
         potential = DeepPotential(features, hidden, activation=activation, **keywords)
         for parameter in potential.parameters():
-            nn.init.normal_(parameter, std=0.5)
+            nn.init.normal_(parameter, std=0.3)
+        nn.init.normal_(potential.weight, std=0.5)
         return potential
 
     return build
@@ -111,7 +112,7 @@ POTENTIALS = {
     "convolutional": Example(_convolutional((2, 1, 3), 2, kernel_size=3), (2, 1, 3)),
     "deep": Example(_deep(2, 4), (2,)),
     "deep-everything": Example(
-        _deep(4, [3, 4], context_features=2, time_dependent=True, modes=2), (1, 2, 2), 2
+        _deep(4, [5, 4], context_features=2, time_dependent=True, modes=2), (1, 2, 2), 2
     ),
     "symmetrized": Example(
         lambda a: SymmetrizedPotential(RidgePotential(4, 2, activation=a), translations((2, 2))),
