@@ -1,4 +1,7 @@
-"""Learning rates, chosen by validation for every flow on every data set alike."""
+"""Learning rates, chosen by validation for every flow on every data set alike.
+
+Rows of ``learning_rates.csv`` without losses are rates of version 0.1, chosen on moons and digits.
+"""
 
 from __future__ import annotations
 
