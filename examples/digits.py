@@ -52,12 +52,19 @@ from nflows_mongeampere import (
 from nflows_mongeampere.examples.images import Images, dequantise, whitening
 from nflows_mongeampere.examples.pictures import draw_rows, save_figure
 from nflows_mongeampere.examples.runs import write_results
-from nflows_mongeampere.training import EndlessBatches, MaximumLikelihood, endless, fit
+from nflows_mongeampere.training import (
+    EndlessBatches,
+    MaximumLikelihood,
+    SolverGuard,
+    endless,
+    fit,
+)
 
 LEVELS, SIDE = 17, 8
 FEATURES = SIDE * SIDE
 MARGIN = 0.01  # of the unit interval, kept free at both ends before the logit
 TEST_DRAWS = 10
+SOLVER_TOLERANCE = 0.02  # nats, above which training takes more of the solver's steps
 GREYS: dict[str, Any] = {"cmap": "gray_r", "vmin": 0, "vmax": LEVELS}
 console = Console()
 
@@ -182,6 +189,7 @@ def train(entry: Entry, digits: Images, seconds: float, seed: int) -> Flow:
             DataLoader(TensorDataset(watched), batch_size=len(watched)),
             folder,
             name=f"{entry.name:>21}",
+            callbacks=[SolverGuard(SOLVER_TOLERANCE)],
         )
     return flow.cpu().eval()
 
