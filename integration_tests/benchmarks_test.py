@@ -43,7 +43,7 @@ from ot_flow import OTFlowPotential
 pytestmark = pytest.mark.long
 
 CONTINUOUS = {
-    *("ridge", "moving", "stacked", "network", "ot-flow"),
+    *("ridge", "moving", "stacked", "deep", "coupling", "network", "ot-flow"),
     *("zuko", "torchdyn-hutchinson", "torchdyn-exact"),
 }
 
