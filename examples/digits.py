@@ -242,7 +242,8 @@ def table(scores: list[Score], seconds: float) -> Table:
     """The comparison, best first."""
     result = Table(title=f"8x8 digits, test set, {seconds:g} s of training each")
     for column in ("flow", "parameters", "NLL (nats)", "bits/dim", "at twice the steps"):
-        result.add_column(column, justify="left" if column == "flow" else "right")
+        name = column == "flow"
+        result.add_column(column, justify="left" if name else "right", no_wrap=name)
     for s in sorted(scores, key=lambda s: s.nll):
         double = "" if s.nll_double_steps is None else f"{s.nll_double_steps:.3f}"
         nll = f"{s.nll:.2f} ± {s.nll_se:.2f}" if not double else f"{s.nll:.3f} ± {s.nll_se:.2f}"
