@@ -129,15 +129,12 @@ class DeepPotential(ClosedFormPotential):
     def initialize(self, data: Tensor, *, sharpness: float = 3.0) -> None:
         r"""Draw the first layer anew to suit data; what is above it and the amplitudes stay.
 
-        The first rows are the axes, the others point in random directions, and each has the length
-        ``sharpness`` / s.d. of the data; each ridge bends at a random row of the data. Axes pay
-        wherever features mean something by themselves, as whitened pixels do: a random mixture of
-        many features is nearly normal and has little to learn.
+        Rows and bends as in :meth:`RidgePotential.initialize
+        <nflows_mongeampere.RidgePotential.initialize>`.
 
         Args:
             data: rows as the potential will meet them, behind the layers in front, shape (N, ...).
-            sharpness: how much sharper than the data ridges start: 1 for many features, 3 to 6 for
-                thin shapes in the plane.
+            sharpness: how much sharper than the data the first layer starts.
 
         Raises:
             TypeError, ValueError: for arguments that do not fit.
