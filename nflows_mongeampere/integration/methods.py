@@ -137,13 +137,15 @@ class RungeKutta(Method):
         products: list[Tensor] = [adjoint] * stages
         for i in reversed(range(stages)):
             at_stage = adjoint * (dt * self.b[i])
+            coordinates = at_stage[:moving]
             for j in range(i + 1, stages):
                 if self.a[j][i]:
-                    at_stage[:moving].add_(products[j], alpha=dt * self.a[j][i])
+                    coordinates.add_(products[j], alpha=dt * self.a[j][i])
             products[i] = pullback(at_stage)
         before = adjoint.clone()
+        coordinates = before[:moving]
         for product in products:
-            before[:moving].add_(product)
+            coordinates.add_(product)
         return before
 
 

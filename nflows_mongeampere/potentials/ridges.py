@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -63,6 +64,14 @@ class RidgeTensors(NamedTuple):
     speed: Tensor | None
 
 
+class Room(NamedTuple):
+    """Room for what an evaluation makes of each ridge and point and does not keep, (H, B) each."""
+
+    second: Tensor
+    force: Tensor
+    bend: Tensor
+
+
 class RidgeDynamics(Dynamics):
     r"""The equations of motion of ridges in :math:`x`: the state is :math:`[x; 1; \ell]`.
 
@@ -102,18 +111,18 @@ class RidgeDynamics(Dynamics):
         return self._evaluate(t, state)[0]
 
     def stage(self, t: Time, state: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return self._evaluate(t, state, in_place=True)
+        return self._evaluate(t, state, self._room)
 
     def _evaluate(
-        self, t: Time, state: Tensor, in_place: bool = False
+        self, t: Time, state: Tensor, room: Room | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         rows, push, curvature, moved, speed = self.tensors
         x = state[:-1]
         h = rows.T @ x if moved is None else torch.addmm(moved, rows.T, x)
         h = h if speed is None else h + speed * t
-        p = self._activation.first(h, out=h if in_place else None)
-        velocity, laplacian = push @ p, curvature @ self._activation.second(p)
-        return torch.cat([velocity, laplacian]), (x, p)
+        p = self._activation.first(h, out=h if room else None)
+        second = self._activation.second(p, out=room.second if room else None)
+        return torch.cat([push @ p, curvature @ second]), (x, p)
 
     def pullback(
         self,
@@ -125,8 +134,10 @@ class RidgeDynamics(Dynamics):
         x, p = kept
         rows, push, curvature, _, _ = self.tensors
         of_x, of_l = adjoint[: self.coordinates], adjoint[self.coordinates :]
-        bend = curvature.T * of_l if len(of_l) else None
-        g, second = self._activation.pull_back(p, push.T @ of_x, bend)
+        second, force, bend = self._room
+        torch.mm(push.T, of_x, out=force)
+        bent = torch.mul(curvature.T, of_l, out=bend) if len(of_l) else None
+        g = self._activation.pull_back(p, force, bent, second)[0]
         d_rows, d_push, d_curvature, d_moved, d_speed = gradients
         if d_rows is not None:
             d_rows.addmm_(x, g.T)
@@ -142,6 +153,11 @@ class RidgeDynamics(Dynamics):
 
     def points(self, state: Tensor) -> Tensor:
         return as_rows(state[: self._features], self._event_shape)
+
+    @cached_property
+    def _room(self) -> Room:
+        hidden, batch = self.tensors.rows.shape[1], self.state.shape[1]
+        return Room(*self.state.new_empty(3, hidden, batch).unbind())
 
 
 class ReducedTensors(NamedTuple):
@@ -206,16 +222,17 @@ class ReducedDynamics(Dynamics):
         return self._evaluate(t, state)[0]
 
     def stage(self, t: Time, state: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return self._evaluate(t, state, in_place=True)
+        return self._evaluate(t, state, self._room)
 
     def _evaluate(
-        self, t: Time, state: Tensor, in_place: bool = False
+        self, t: Time, state: Tensor, room: Room | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         gram, origin, amplitude, curvature, speed = self.tensors
         s = state[: self.coordinates]
         h = torch.addmm(origin if speed is None else origin + speed * t, gram, s)
-        p = self._activation.first(h, out=h if in_place else None)
-        return torch.cat([amplitude * p, curvature @ self._activation.second(p)]), (s, p)
+        p = self._activation.first(h, out=h if room else None)
+        second = self._activation.second(p, out=room.second if room else None)
+        return torch.cat([amplitude * p, curvature @ second]), (s, p)
 
     def pullback(
         self,
@@ -227,8 +244,10 @@ class ReducedDynamics(Dynamics):
         s, p = kept
         gram, _, amplitude, curvature, _ = self.tensors
         of_s, of_l = adjoint[: self.coordinates], adjoint[self.coordinates :]
-        bend = curvature.T * of_l if len(of_l) else None
-        g, second = self._activation.pull_back(p, amplitude * of_s, bend)
+        second, force, bend = self._room
+        torch.mul(amplitude, of_s, out=force)
+        bent = torch.mul(curvature.T, of_l, out=bend) if len(of_l) else None
+        g = self._activation.pull_back(p, force, bent, second)[0]
         d_gram, d_origin, d_amplitude, d_curvature, d_speed = gradients
         if d_gram is not None:
             d_gram.addmm_(g, s.T)
@@ -245,6 +264,10 @@ class ReducedDynamics(Dynamics):
     def points(self, state: Tensor) -> Tensor:
         displacement = state[: len(self._weight)].T @ self._weight
         return (self._inputs + displacement.view_as(self._inputs)).contiguous()
+
+    @cached_property
+    def _room(self) -> Room:
+        return Room(*self.state.new_empty(3, self.coordinates, self.state.shape[1]).unbind())
 
 
 class ReducedCostDynamics(ReducedDynamics):
