@@ -29,6 +29,7 @@ class Method(ABC):
         evaluations: of the rate in one step.
         reversible: whether :meth:`step_back` carries adjoints.
         augmented: whether its own state holds more than that of the equations of motion.
+        implicit: whether a step solves an equation, whose gradient is for backward() alone.
     """
 
     order: int
@@ -36,6 +37,7 @@ class Method(ABC):
     evaluations: int = 1
     reversible: bool = False
     augmented: bool = False
+    implicit: bool = False
 
     @abstractmethod
     def step(

@@ -64,14 +64,6 @@ class RidgeTensors(NamedTuple):
     speed: Tensor | None
 
 
-class Room(NamedTuple):
-    """Room for what an evaluation makes of each ridge and point and does not keep, (H, B) each."""
-
-    second: Tensor
-    force: Tensor
-    bend: Tensor
-
-
 class RidgeDynamics(Dynamics):
     r"""The equations of motion of ridges in :math:`x`: the state is :math:`[x; 1; \ell]`.
 
@@ -111,18 +103,17 @@ class RidgeDynamics(Dynamics):
         return self._evaluate(t, state)[0]
 
     def stage(self, t: Time, state: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return self._evaluate(t, state, self._room)
+        return self._evaluate(t, state, in_place=True)
 
     def _evaluate(
-        self, t: Time, state: Tensor, room: Room | None = None
+        self, t: Time, state: Tensor, in_place: bool = False
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         rows, push, curvature, moved, speed = self.tensors
         x = state[:-1]
         h = rows.T @ x if moved is None else torch.addmm(moved, rows.T, x)
         h = h if speed is None else h + speed * t
-        p = self._activation.first(h, out=h if room else None)
-        second = self._activation.second(p, out=room.second if room else None)
-        return torch.cat([push @ p, curvature @ second]), (x, p)
+        p = self._activation.first(h, out=h if in_place else None)
+        return torch.cat([push @ p, curvature @ self._activation.second(p)]), (x, p)
 
     def pullback(
         self,
@@ -134,7 +125,7 @@ class RidgeDynamics(Dynamics):
         x, p = kept
         rows, push, curvature, _, _ = self.tensors
         of_x, of_l = adjoint[: self.coordinates], adjoint[self.coordinates :]
-        second, force, bend = self._room
+        force, bend, second = self._room
         torch.mm(push.T, of_x, out=force)
         bent = torch.mul(curvature.T, of_l, out=bend) if len(of_l) else None
         g = self._activation.pull_back(p, force, bent, second)[0]
@@ -155,9 +146,8 @@ class RidgeDynamics(Dynamics):
         return as_rows(state[: self._features], self._event_shape)
 
     @cached_property
-    def _room(self) -> Room:
-        hidden, batch = self.tensors.rows.shape[1], self.state.shape[1]
-        return Room(*self.state.new_empty(3, hidden, batch).unbind())
+    def _room(self) -> tuple[Tensor, ...]:
+        return room(self.state, self.tensors.rows.shape[1])
 
 
 class ReducedTensors(NamedTuple):
@@ -222,17 +212,16 @@ class ReducedDynamics(Dynamics):
         return self._evaluate(t, state)[0]
 
     def stage(self, t: Time, state: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return self._evaluate(t, state, self._room)
+        return self._evaluate(t, state, in_place=True)
 
     def _evaluate(
-        self, t: Time, state: Tensor, room: Room | None = None
+        self, t: Time, state: Tensor, in_place: bool = False
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         gram, origin, amplitude, curvature, speed = self.tensors
         s = state[: self.coordinates]
         h = torch.addmm(origin if speed is None else origin + speed * t, gram, s)
-        p = self._activation.first(h, out=h if room else None)
-        second = self._activation.second(p, out=room.second if room else None)
-        return torch.cat([amplitude * p, curvature @ second]), (s, p)
+        p = self._activation.first(h, out=h if in_place else None)
+        return torch.cat([amplitude * p, curvature @ self._activation.second(p)]), (s, p)
 
     def pullback(
         self,
@@ -244,7 +233,7 @@ class ReducedDynamics(Dynamics):
         s, p = kept
         gram, _, amplitude, curvature, _ = self.tensors
         of_s, of_l = adjoint[: self.coordinates], adjoint[self.coordinates :]
-        second, force, bend = self._room
+        force, bend, second = self._room
         torch.mul(amplitude, of_s, out=force)
         bent = torch.mul(curvature.T, of_l, out=bend) if len(of_l) else None
         g = self._activation.pull_back(p, force, bent, second)[0]
@@ -266,8 +255,8 @@ class ReducedDynamics(Dynamics):
         return (self._inputs + displacement.view_as(self._inputs)).contiguous()
 
     @cached_property
-    def _room(self) -> Room:
-        return Room(*self.state.new_empty(3, self.coordinates, self.state.shape[1]).unbind())
+    def _room(self) -> tuple[Tensor, ...]:
+        return room(self.state, self.coordinates)
 
 
 class ReducedCostDynamics(ReducedDynamics):
@@ -318,6 +307,11 @@ class ReducedCostDynamics(ReducedDynamics):
         gradients: list[Tensor | None],
     ) -> Tensor:
         return Dynamics.pullback(self, t, kept, adjoint, gradients)
+
+
+def room(state: Tensor, ridges: int) -> tuple[Tensor, ...]:
+    """Room for what a pullback makes of each ridge and point: three numbers."""
+    return state.new_empty(3, ridges, state.shape[1]).unbind()
 
 
 @torch.no_grad()
