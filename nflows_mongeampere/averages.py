@@ -37,8 +37,7 @@ class Average(nn.Module):
 
     def __init__(self, group: Group) -> None:
         super().__init__()
-        if not isinstance(group, Group):
-            raise TypeError(f"group: got {type(group).__name__}, expected a Group")
+        validation.kind("group", group, isinstance(group, Group), "a Group")
         self.group = group
 
     def forward(self, fields: Tensor) -> Tensor:

@@ -73,11 +73,8 @@ class MongeAmpereCouplingTransform(CouplingTransform):
         unconditional_transform: Callable[..., nn.Module] | None = None,
         **settings: Any,
     ) -> None:
-        if not isinstance(potential, Potential):
-            raise TypeError(
-                f"potential: got {type(potential).__name__}, expected a Potential, such as "
-                "RidgePotential(..., context_features=16)"
-            )
+        expected = "a Potential, such as RidgePotential(..., context_features=16)"
+        validation.kind("potential", potential, isinstance(potential, Potential), expected)
         width = potential.context_features
         if width is None:
             raise ValueError(

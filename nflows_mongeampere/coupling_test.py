@@ -119,7 +119,7 @@ def test_layers_stack_into_a_density_whose_steps_are_those_of_a_flow():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"potential": 3}, TypeError, "potential: got int"),
+        ({"potential": 3}, TypeError, "potential: got 3"),
         ({"potential": RidgePotential(3, 4)}, ValueError, "potential: got one that takes no"),
         (
             {"potential": RidgePotential(2, 4, context_features=1)},

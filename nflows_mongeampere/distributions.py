@@ -66,19 +66,13 @@ class FlowTransform(nn.Module, torch.distributions.Transform):
         context: Tensor | None = None,
         cache_size: int = 0,
     ) -> None:
-        if not isinstance(transform, Transform):
-            raise TypeError(
-                f"transform: got {type(transform).__name__}, expected a transform of nflows; of a "
-                "Flow, its _transform"
-            )
-        if not isinstance(event_shape, Sequence) or isinstance(event_shape, str):
-            raise TypeError(
-                f"event_shape: got {event_shape!r}, expected the shape of one event, such as (2,)"
-            )
-        if not event_shape:
-            raise ValueError("event_shape: got (), expected at least one dimension, such as (2,)")
-        if context is not None and not isinstance(context, Tensor):
-            raise TypeError(f"context: got {type(context).__name__}, expected a tensor or None")
+        expected = "a transform of nflows; of a Flow, its _transform"
+        validation.kind("transform", transform, isinstance(transform, Transform), expected)
+        shape = isinstance(event_shape, Sequence) and not isinstance(event_shape, str)
+        expected = "the shape of one event, such as (2,)"
+        validation.kind("event_shape", event_shape, shape and len(event_shape) > 0, expected)
+        given = context is None or isinstance(context, Tensor)
+        validation.kind("context", context, given, "a tensor or None")
         _register_with_pyro()
         nn.Module.__init__(self)
         torch.distributions.Transform.__init__(self, cache_size=cache_size)

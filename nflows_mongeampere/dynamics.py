@@ -270,6 +270,12 @@ class ScoredDynamics(Dynamics):
         return as_rows(slopes[: self._event_shape.numel()], self._event_shape)
 
 
+def field_of(motion: Dynamics, t: Time | None) -> tuple[Tensor, Tensor]:
+    r""":math:`(\nabla u, \Delta u)` where equations of motion in :math:`x` start."""
+    rate = motion.rate(0.0 if t is None else t, motion.state)
+    return motion.points(rate), motion.logabsdet(rate)
+
+
 def start(inputs: Tensor, integrals: int) -> Tensor:
     """Points of shape (B, ...) as columns, above rows of integrals that begin at zero."""
     points = inputs.flatten(1).T

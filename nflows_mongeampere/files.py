@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import nn
 
-from nflows_mongeampere import potentials
+from nflows_mongeampere import potentials, validation
 from nflows_mongeampere.atomic import write as write  # for those who write beside a flow
 from nflows_mongeampere.flow import MongeAmpereFlow, Noise
 from nflows_mongeampere.groups import Group
@@ -48,8 +48,7 @@ def save(flow: nn.Module, path: str | Path) -> None:
         ValueError: if the parameters are on the meta device, or the path is no place for a file.
         FileNotFoundError: if there is no such directory.
     """
-    if not isinstance(flow, nn.Module):
-        raise TypeError(f"flow: got {flow!r}, expected a flow, transform or potential")
+    validation.kind("flow", flow, isinstance(flow, nn.Module), "a flow, transform or potential")
     description = json.dumps(_describe(flow, type(flow).__name__))
     dtype = _dtype(flow)
     target = _path(path)

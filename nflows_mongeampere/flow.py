@@ -85,14 +85,10 @@ class MongeAmpereFlow(Flow):
             time_dependent=time_dependent,
             activation=activation,
         )
-        if embedding_net is not None and not isinstance(embedding_net, nn.Module):
-            raise TypeError(
-                f"embedding_net: got {type(embedding_net).__name__}, expected a torch.nn.Module"
-            )
-        if distribution is not None and not isinstance(distribution, Distribution):
-            raise TypeError(
-                f"distribution: got {type(distribution).__name__}, expected an nflows Distribution"
-            )
+        fits = embedding_net is None or isinstance(embedding_net, nn.Module)
+        validation.kind("embedding_net", embedding_net, fits, "a torch.nn.Module")
+        fits = distribution is None or isinstance(distribution, Distribution)
+        validation.kind("distribution", distribution, fits, "an nflows Distribution")
         shape = torch.Size(getattr(distribution, "_shape", [features]))
         if shape.numel() != potential.features:
             raise ValueError(

@@ -258,8 +258,9 @@ def reflections(shape: Sequence[int], dimensions: Sequence[int] = (-1,)) -> Grou
     """
     sizes = lattice_shape("shape", shape)
     entries = torch.arange(math.prod(sizes)).reshape(sizes)
-    if isinstance(dimensions, str) or not isinstance(dimensions, Sequence) or not dimensions:
-        raise TypeError(f"dimensions: got {dimensions!r}, expected a sequence of integers")
+    fits = isinstance(dimensions, Sequence) and not isinstance(dimensions, str)
+    expected = "a sequence of integers"
+    validation.kind("dimensions", dimensions, fits and len(dimensions) > 0, expected)
     for dimension in dimensions:
         place = validation.integer("dimensions", dimension, minimum=-len(sizes))
         if place >= len(sizes):
@@ -280,8 +281,8 @@ def sign_flip(features: int) -> Group:
 
 def lattice_shape(name: str, value: object) -> tuple[int, ...]:
     """Return ``value`` as a tuple if it is the shape of a lattice."""
-    if isinstance(value, str) or not isinstance(value, Sequence) or not value:
-        raise TypeError(f"{name}: got {value!r}, expected a sequence of integers >= 1")
+    fits = isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0
+    validation.kind(name, value, fits, "a sequence of integers >= 1")
     return validation.shape(name, value)
 
 

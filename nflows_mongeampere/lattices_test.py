@@ -192,7 +192,7 @@ def test_an_action_that_is_no_real_finite_number_for_each_field_is_named(action,
 
 
 def test_other_mistakes_name_the_argument():
-    with pytest.raises(TypeError, match=r"^action: got int"):
+    with pytest.raises(TypeError, match=r"^action: got \d"):
         LatticeAction((4, 4), 3)
     with pytest.raises(TypeError, match=r"^shape: got 4"):
         LatticeAction(4, free)
@@ -202,7 +202,7 @@ def test_other_mistakes_name_the_argument():
         LatticeFlow.towards(free)
     with pytest.raises(ValueError, match=r"^group: got one that acts on 9 entries, expected 16"):
         LatticeFlow((4, 4), group=point_group((3, 3)))
-    with pytest.raises(TypeError, match=r"^group: got str"):
+    with pytest.raises(TypeError, match=r"^group: got '"):
         LatticeFlow((4, 4), group="square")
     with pytest.raises(ValueError, match=r"^pieces: got 0"):
         LatticeFlow((4, 4), pieces=0)

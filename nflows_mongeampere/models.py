@@ -15,8 +15,7 @@ from nflows_mongeampere.transport import Transport
 
 def transports(model: nn.Module) -> list[Transport]:
     """Every Monge-Ampère flow in ``model``, of either adapter."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
+    validation.kind("model", model, isinstance(model, nn.Module), "a torch.nn.Module")
     return [module for module in model.modules() if isinstance(module, Transport)]
 
 

@@ -53,15 +53,9 @@ class LatticeModes(Transform):
         self, log_scale: Tensor, mean: float | None = None, group: Group | None = None
     ) -> None:
         super().__init__()
-        if not isinstance(log_scale, Tensor) or not log_scale.is_floating_point():
-            raise TypeError(
-                f"log_scale: got {validation.describe(log_scale)}, expected a floating-point "
-                "tensor in the shape of the lattice"
-            )
-        if log_scale.dim() == 0:
-            raise ValueError(
-                "log_scale: got shape (), expected that of the lattice, such as (L, M)"
-            )
+        fits = isinstance(log_scale, Tensor) and log_scale.is_floating_point()
+        expected = "a floating-point tensor in the shape of the lattice, such as (L, M)"
+        validation.kind("log_scale", log_scale, fits and log_scale.dim() > 0, expected)
         self.group = point_group(tuple(log_scale.shape)) if group is None else group
         self.log_scale = nn.Parameter(log_scale.detach().clone())
         register_parametrization(self, "log_scale", Average(self.group))

@@ -74,11 +74,8 @@ class Transport(Configured, nn.Module):
         max_steps: int = 1000,
     ) -> None:
         super().__init__()
-        if not isinstance(potential, Potential):
-            raise TypeError(
-                f"potential: got {type(potential).__name__}, expected a Potential; wrap a module "
-                "that maps (B, ...) to (B,) in AutogradPotential"
-            )
+        expected = "a Potential; wrap a module that maps (B, ...) to (B,) in AutogradPotential"
+        validation.kind("potential", potential, isinstance(potential, Potential), expected)
         self.potential = potential
         self.time = validation.positive("time", time)
         self.integrator = Integrator(solver, steps, sensitivity, atol, rtol, max_steps)

@@ -45,6 +45,12 @@ def looks_finite(value: Tensor) -> bool:
     return math.isfinite(value.sum().item()) or bool(torch.isfinite(value).all())
 
 
+def kind(name: str, value: object, fits: bool, expected: str) -> None:
+    """Raise unless ``value`` is of a kind that ``fits``."""
+    if not fits:
+        raise TypeError(f"{name}: got {describe(value)}, expected {expected}")
+
+
 def integer(name: str, value: object, *, minimum: int = 1) -> int:
     """Return ``value`` if it is an integer that is at least ``minimum``."""
     try:
@@ -170,4 +176,5 @@ def describe(value: object) -> str:
     """A few words on an argument of the wrong kind."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}, {value.dtype}, on {value.device}"
-    return repr(value)
+    plain = value is None or isinstance(value, (Real, str, tuple, type))
+    return repr(value) if plain else type(value).__name__

@@ -114,8 +114,8 @@ class WeightedSamples:
         """
         if not isinstance(values, Tensor) or values.shape != self.log_weights.shape:
             raise ValueError(
-                f"values: got {_described(values)}, expected a tensor of shape ({len(self)},): "
-                "the observable on each sample"
+                f"values: got {validation.describe(values)}, expected a tensor of shape "
+                f"({len(self)},): the observable on each sample"
             )
         if not self._any_weight:
             raise ValueError(
@@ -232,7 +232,7 @@ class Chain:
         count = int(self.numbers.max()) + 1
         if not isinstance(values, Tensor) or values.dim() != 1 or len(values) < count:
             raise ValueError(
-                f"values: got {_described(values)}, expected a tensor of shape (N,) with "
+                f"values: got {validation.describe(values)}, expected a tensor of shape (N,) with "
                 f"N >= {count}: the observable on each sample"
             )
         return values.detach().double().cpu()[self.numbers]
@@ -270,12 +270,9 @@ def weigh(
         ValueError: if the log-density of either is NaN, or if the target does not give one for each
             sample.
     """
-    if not isinstance(flow, nn.Module) or not hasattr(flow, "sample"):
-        raise TypeError(
-            f"flow: got {type(flow).__name__}, expected a flow of nflows or a model of normflows"
-        )
-    if not hasattr(target, "log_prob"):
-        raise TypeError(f"target: got {type(target).__name__}, expected an object with log_prob")
+    fits = isinstance(flow, nn.Module) and hasattr(flow, "sample")
+    validation.kind("flow", flow, fits, "a flow of nflows or a model of normflows")
+    validation.kind("target", target, hasattr(target, "log_prob"), "an object with log_prob")
     num_samples = validation.integer("num_samples", num_samples)
     batch_size = validation.integer("batch_size", batch_size)
     if context is not None and len(context) not in (1, num_samples):
@@ -341,13 +338,8 @@ def target_log_prob(target: Any, x: Tensor, context: Tensor | None = None) -> Te
     """
     given = {} if context is None else {"context": rows_for(context, len(x))}
     log_p = target.log_prob(x, **given)
-    if not isinstance(log_p, Tensor) or log_p.shape != x.shape[:1]:
-        raise ValueError(
-            f"target: {type(target).__name__} returned {_described(log_p)}, expected a tensor of "
-            f"shape ({len(x)},): one log-density for each sample; torch.distributions.Independent "
-            "sums over entries"
-        )
-    return log_p
+    meaning = "one log-density for each sample; torch.distributions.Independent sums over entries"
+    return validation.returned("target", target, log_p, x.shape[:1], meaning)
 
 
 def conditional(flow: nn.Module, target: Any) -> bool:
@@ -437,9 +429,3 @@ def _samples_by_markov_chain(layer: nn.Module) -> bool:
 def _mean(values: Tensor) -> Estimate:
     error = (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else math.inf
     return Estimate(values.mean().item(), math.inf if math.isnan(error) else error)
-
-
-def _described(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
-    return type(value).__name__

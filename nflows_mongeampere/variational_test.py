@@ -218,7 +218,7 @@ def test_models_of_normflows():
 
 def test_errors_name_the_argument():
     flow = Flow(IdentityTransform(), StandardNormal([2]))
-    with pytest.raises(TypeError, match="target: got int"):
+    with pytest.raises(TypeError, match=r"target: got \d"):
         weigh(flow, 3, 10)
     with pytest.raises(ValueError, match="num_samples: got 0"):
         weigh(flow, Shifted(), 0)
@@ -245,7 +245,7 @@ def test_a_target_gives_one_log_density_for_each_sample():
 
     with pytest.raises(ValueError, match=r"target: Column returned .*\(400, 1\)"):
         weigh(Flow(IdentityTransform(), StandardNormal([2])), Column(), 400)
-    with pytest.raises(TypeError, match="flow: got int"):
+    with pytest.raises(TypeError, match=r"flow: got \d"):
         weigh(3, Column(), 10)
 
 

@@ -69,8 +69,8 @@ class AutogradPotential(Potential):
         self, module: nn.Module, *, laplacian: str = "exact", probe: str = "rademacher"
     ) -> None:
         super().__init__()
-        if not isinstance(module, nn.Module):
-            raise TypeError(f"module: got {module!r}, expected a torch.nn.Module with a forward")
+        expected = "a torch.nn.Module with a forward"
+        validation.kind("module", module, isinstance(module, nn.Module), expected)
         _warn_of_unfit_layers(module)
         self.module = module
         self.laplacian_method = validation.choice("laplacian", laplacian, ("exact", "hutchinson"))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nflows_mongeampere import validation
 from nflows_mongeampere.configured import Configured
-from nflows_mongeampere.dynamics import Dynamics, Field, FieldDynamics, Time
+from nflows_mongeampere.dynamics import Dynamics, Field, FieldDynamics, Time, field_of
 from nflows_mongeampere.groups import Group
 from nflows_mongeampere.potentials.orbits import Average, ImageAverage
 
@@ -206,6 +206,4 @@ class ClosedFormPotential(Potential):
     def _gradient_and_laplacian(
         self, x: Tensor, t: Time | None, context: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        motion = self.dynamics(x, context, evaluations=1)
-        rate = motion.rate(0.0 if t is None else t, motion.state)
-        return motion.points(rate), motion.logabsdet(rate)
+        return field_of(self.dynamics(x, context, evaluations=1), t)

@@ -363,8 +363,7 @@ class SiteDynamics(Dynamics):
 def lattice_group(shape: tuple[int, ...], group: Group | None) -> Group:
     """The point group of a lattice, or another that acts on its sites."""
     group = point_group(shape) if group is None else group
-    if not isinstance(group, Group):
-        raise TypeError(f"group: got {type(group).__name__}, expected a Group")
+    validation.kind("group", group, isinstance(group, Group), "a Group")
     if group.features != math.prod(shape):
         raise ValueError(
             f"group: got one that acts on {group.features} entries, expected {math.prod(shape)}, "

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nflows_mongeampere.dynamics import Dynamics, Field, FieldDynamics, Time, as_rows, start
+from nflows_mongeampere.dynamics import (
+    Dynamics,
+    Field,
+    FieldDynamics,
+    Time,
+    as_rows,
+    field_of,
+    start,
+)
 from nflows_mongeampere.groups import Group
 from nflows_mongeampere.potentials.activations import ACTIVATIONS
 from nflows_mongeampere.potentials.ridges import Ridges
@@ -121,9 +129,7 @@ class RidgeOrbits(Average):
         return LatticeDynamics(self._orbits(context), inputs, self._lattice)
 
     def _field(self, x: Tensor, t: Time | None, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        motion = self.dynamics(x, context, evaluations=1, costs=False)
-        rate = motion.rate(0.0 if t is None else t, motion.state)
-        return motion.points(rate), motion.logabsdet(rate)
+        return field_of(self.dynamics(x, context, evaluations=1, costs=False), t)
 
     def _orbits(self, context: Tensor | None) -> Ridges:
         """The ridges of the orbits, row by row of the potential."""

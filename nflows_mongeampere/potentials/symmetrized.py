@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from nflows_mongeampere import validation
 from nflows_mongeampere.dynamics import Dynamics, Time
 from nflows_mongeampere.groups import Group
 from nflows_mongeampere.potentials.base import ClosedFormPotential, Potential
@@ -57,11 +58,8 @@ class SymmetrizedPotential(ClosedFormPotential):
 
     def __init__(self, potential: Potential, group: Group | Iterable[Any]) -> None:
         super().__init__()
-        if not isinstance(potential, Potential):
-            raise TypeError(
-                f"potential: got {type(potential).__name__}, expected a Potential, such as "
-                "RidgePotential or AutogradPotential"
-            )
+        expected = "a Potential, such as RidgePotential or AutogradPotential"
+        validation.kind("potential", potential, isinstance(potential, Potential), expected)
         group = group if isinstance(group, Group) else Group(group)
         if potential.features not in (None, group.features):
             raise ValueError(

@@ -45,11 +45,8 @@ class LatticeAction(Target):
         super().__init__()
         self.shape = lattice_shape("shape", shape)
         self.sites = math.prod(self.shape)
-        if not callable(action):
-            raise TypeError(
-                f"action: got {type(action).__name__}, expected a function from fields of shape "
-                "(B, *shape) to actions of shape (B,)"
-            )
+        expected = "a function from fields of shape (B, *shape) to actions of shape (B,)"
+        validation.kind("action", action, callable(action), expected)
         self.action = action
         generator = torch.Generator().manual_seed(0)
         log_prob = self.log_prob(torch.randn(PROBES, self.sites, generator=generator))

@@ -85,11 +85,9 @@ class Ising(Lattice):
     ) -> None:
         super().__init__(length, boundary)
         self.temperature = validation.positive("temperature", temperature)
-        if isinstance(couplings, str) or not isinstance(couplings, Sequence) or len(couplings) != 2:
-            raise TypeError(
-                f"couplings: got {couplings!r}, expected two numbers, of the bonds along the first "
-                "and the second axis"
-            )
+        fits = isinstance(couplings, Sequence) and not isinstance(couplings, str)
+        expected = "two numbers, of the bonds along the first and the second axis"
+        validation.kind("couplings", couplings, fits and len(couplings) == 2, expected)
         first, second = (validation.number(f"couplings[{i}]", J) for i, J in enumerate(couplings))
         self.couplings = first, second
         self.magnetic_field = validation.number("field", field)

@@ -52,11 +52,8 @@ class EndlessBatches(Dataset[Any]):
         several = isinstance(data, (list, tuple)) and len(data) > 0
         self.data = tuple(data) if several else (data,)
         for part in self.data:
-            if not isinstance(part, Tensor) or part.dim() == 0:
-                raise TypeError(
-                    f"data: got {type(part).__name__}, expected a torch.Tensor of shape (N, ...), "
-                    "or several with as many rows"
-                )
+            expected = "a torch.Tensor of shape (N, ...), or several with as many rows"
+            validation.kind("data", part, isinstance(part, Tensor) and part.dim() > 0, expected)
         counts = [len(part) for part in self.data]
         if len(set(counts)) > 1:
             raise ValueError(f"data: got tensors of {counts} rows, expected as many in each")

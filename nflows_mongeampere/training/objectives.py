@@ -92,11 +92,9 @@ class Objective(lightning.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if not isinstance(flow, nn.Module) or not hasattr(flow, "log_prob"):
-            raise TypeError(
-                f"flow: got {type(flow).__name__}, expected a flow of nflows or a model of "
-                "normflows: a module with log_prob"
-            )
+        fits = isinstance(flow, nn.Module) and hasattr(flow, "log_prob")
+        expected = "a flow of nflows or a model of normflows: a module with log_prob"
+        validation.kind("flow", flow, fits, expected)
         if steps is None and minutes is None:
             raise ValueError("steps: got neither steps nor minutes, expected a budget for training")
         self.flow = flow
@@ -355,11 +353,8 @@ class ReverseKL(Objective):
     ) -> None:
         super().__init__(flow, **keywords)
         target = getattr(flow, "p", None) if target is None else target
-        if not hasattr(target, "log_prob"):
-            raise TypeError(
-                f"target: got {type(target).__name__}, expected an object with log_prob, given "
-                "here or as the target p of the normflows model"
-            )
+        expected = "an object with log_prob, given here or as the target p of the normflows model"
+        validation.kind("target", target, hasattr(target, "log_prob"), expected)
         learnt = {id(p) for p in flow.parameters() if p.requires_grad}
         if isinstance(target, nn.Module) and any(id(p) in learnt for p in target.parameters()):
             raise ValueError(

@@ -197,7 +197,7 @@ def test_the_rate_rises_and_falls_with_the_budget():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"flow": 3}, TypeError, "flow: got int, expected a flow of nflows"),
+        ({"flow": 3}, TypeError, "flow: got 3, expected a flow of nflows"),
         ({"flow": nn.Linear(2, 2)}, TypeError, "flow: got Linear"),
         ({"flow": MongeAmpereTransform(RidgePotential(2, 2))}, TypeError, "flow: got"),
         ({"steps": None}, ValueError, "steps: got neither steps nor minutes"),
@@ -223,7 +223,7 @@ def test_errors_name_the_argument(arguments, error, message):
 
 
 def test_a_free_energy_names_what_does_not_fit():
-    with pytest.raises(TypeError, match="target: got NoneType, expected an object with log_prob"):
+    with pytest.raises(TypeError, match="target: got None, expected an object with log_prob"):
         ReverseKL(model("nflows"), steps=1)
     with pytest.raises(ValueError, match="num_samples: got 0"):
         ReverseKL(model("nflows"), Normal(), num_samples=0, steps=1)
