@@ -18,6 +18,7 @@ from nflows_mongeampere import (
     AutogradPotential,
     ConvolutionalPotential,
     DeepPotential,
+    GroupedPotential,
     LatticePotential,
     MongeAmpereTransform,
     Potential,
@@ -99,6 +100,15 @@ def _deep(features: int, hidden: int | list[int], **keywords: Any) -> Callable[[
     return build
 
 
+def _grouped(features: int, hidden: int, size: int, **keywords: Any) -> Callable[[str], Potential]:
+    def build(activation: str) -> Potential:
+        potential = GroupedPotential(features, hidden, size, activation=activation, **keywords)
+        nn.init.normal_(potential.weight, std=0.5)
+        return potential
+
+    return build
+
+
 # With these batches few ridges in many dimensions move in reduced coordinates, the others in x.
 POTENTIALS = {
     "reduced": Example(_ridge(6, 2), (6,)),
@@ -113,6 +123,10 @@ POTENTIALS = {
     "deep": Example(_deep(2, 4), (2,)),
     "deep-everything": Example(
         _deep(4, [5, 4], context_features=2, time_dependent=True, modes=2), (1, 2, 2), 2
+    ),
+    "grouped": Example(_grouped(6, 2, 2, rank=1), (6,)),
+    "grouped-everything": Example(
+        _grouped(4, 6, 3, context_features=2, time_dependent=True, modes=2), (1, 2, 2), 2
     ),
     "symmetrized": Example(
         lambda a: SymmetrizedPotential(RidgePotential(4, 2, activation=a), translations((2, 2))),

@@ -16,6 +16,7 @@ from nflows_mongeampere import (
     AutogradPotential,
     ConvolutionalPotential,
     DeepPotential,
+    GroupedPotential,
     LatticePotential,
     Potential,
     RidgePotential,
@@ -26,6 +27,7 @@ from nflows_mongeampere.groups import Group, point_group, reflections, translati
 from nflows_mongeampere.potentials import lattice as lattice_module
 from nflows_mongeampere.potentials import orbits
 from nflows_mongeampere.potentials.convolutional import ConvolutionalDynamics
+from nflows_mongeampere.potentials.grouped import GroupedDynamics
 from nflows_mongeampere.potentials.lattice import SiteDynamics
 from nflows_mongeampere.potentials.layers import LayersDynamics
 from nflows_mongeampere.potentials.orbits import LatticeDynamics
@@ -102,6 +104,17 @@ def deep(features: int, widths: int | Sequence[int], **options: object) -> DeepP
     return potential
 
 
+def grouped(
+    features: int, hidden: int, size: int, rank: int = 1, **options: object
+) -> GroupedPotential:
+    """A grouped potential in float64 with numbers that differ from place to place."""
+    potential = GroupedPotential(features, hidden, size, rank=rank, **options).double()  # type: ignore[arg-type]
+    for parameter in potential.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    nn.init.normal_(potential.weight, std=0.8 / features**0.5)
+    return potential
+
+
 def sites(shape: Sequence[int], *, fourier: bool = False, **options: object) -> LatticePotential:
     """Kernels with functions of their own, moved by products or in Fourier space."""
     with mock.patch.object(lattice_module, "DENSE_SITES", 0 if fourier else 100):
@@ -156,6 +169,16 @@ POTENTIALS = {
     "deep": Example(lambda: deep(2, 3), (2,), LayersDynamics),
     "deeper-all": Example(
         lambda: deep(4, [3, 4, 2], modes=3, activation="softplus", **ALL), (1, 2, 2), LayersDynamics
+    ),
+    "grouped": Example(lambda: grouped(2, 6, 3), (2,), GroupedDynamics),
+    "grouped-all": Example(
+        lambda: grouped(4, 8, 2, 2, modes=2, activation="softplus", **ALL),
+        (1, 2, 2),
+        GroupedDynamics,
+    ),
+    "grouped-reduced": Example(lambda: grouped(12, 4, 2, 0), (12,), GroupedDynamics),
+    "grouped-reduced-all": Example(
+        lambda: grouped(12, 3, 3, modes=3, activation="softplus", **ALL), (12,), GroupedDynamics
     ),
     "orbits": Example(
         lambda: SymmetrizedPotential(ridge(4, 3, scale=3, **ALL), translations((2, 2))),
@@ -260,6 +283,28 @@ def deep_value(
     return value
 
 
+def grouped_value(
+    potential: GroupedPotential, x: Tensor, t: float | Tensor = 0.0, context: Tensor | None = None
+) -> Tensor:
+    """The definition: a deep potential whose second layer is a matrix of blocks, and parabolas."""
+    softplus, hidden = potential.activation == "softplus", potential.hidden_features
+    h = x.flatten(1) @ potential.weight.T + potential.bias
+    if potential.time_weight is not None:
+        h = h + potential.time_weight * torch.as_tensor(t, dtype=x.dtype).reshape(-1, 1)
+    if potential.context_weight is not None and context is not None:
+        h = h + context @ potential.context_weight.T
+    first, parabolas = h[:, :hidden], h[:, hidden:]
+    y = first.sigmoid() if softplus else first.tanh()
+    z = y @ torch.block_diag(*potential.hidden_weight).T + potential.hidden_bias
+    sigma = [F.softplus(u, threshold=100) if softplus else u.cosh().log() for u in (first, z)]
+    value = torch.zeros(len(x), dtype=x.dtype)
+    for k, modes in enumerate(potential.amplitude.T):
+        time = torch.cos(torch.as_tensor(t, dtype=torch.float64) * math.pi * k)
+        a, q, c = modes.split([hidden, potential.rank, hidden])
+        value = value + time * (sigma[0] @ a + parabolas.square() @ q / 2 + sigma[1] @ c)
+    return value
+
+
 def lattice_value(potential: LatticePotential, x: Tensor, context: Tensor | None) -> Tensor:
     """The definition: kernel by kernel and site by site, with the integrals of tanh^n."""
     shape, count = potential.shape, potential.powers
@@ -286,6 +331,8 @@ def definition(potential: Potential, context: Tensor | None = None) -> Value:
         return lambda x, t: ridge_value(potential, x, t, context)
     if isinstance(potential, DeepPotential):
         return lambda x, t: deep_value(potential, x, t, context)
+    if isinstance(potential, GroupedPotential):
+        return lambda x, t: grouped_value(potential, x, t, context)
     if isinstance(potential, ConvolutionalPotential):
         return lambda x, t: convolutional_value(potential, x)
     if isinstance(potential, LatticePotential):

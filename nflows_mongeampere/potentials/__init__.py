@@ -4,6 +4,7 @@ from nflows_mongeampere.potentials.autograd import AutogradPotential
 from nflows_mongeampere.potentials.base import Potential
 from nflows_mongeampere.potentials.convolutional import ConvolutionalPotential
 from nflows_mongeampere.potentials.deep import DeepPotential
+from nflows_mongeampere.potentials.grouped import GroupedPotential
 from nflows_mongeampere.potentials.lattice import LatticePotential
 from nflows_mongeampere.potentials.ridge import RidgePotential
 from nflows_mongeampere.potentials.symmetrized import SymmetrizedPotential
@@ -12,6 +13,7 @@ __all__ = [
     "AutogradPotential",
     "ConvolutionalPotential",
     "DeepPotential",
+    "GroupedPotential",
     "LatticePotential",
     "Potential",
     "RidgePotential",

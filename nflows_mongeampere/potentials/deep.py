@@ -12,7 +12,7 @@ from nflows_mongeampere import validation
 from nflows_mongeampere.dynamics import Dynamics, FieldDynamics, Time
 from nflows_mongeampere.potentials.activations import ACTIVATIONS
 from nflows_mongeampere.potentials.base import ClosedFormPotential
-from nflows_mongeampere.potentials.layers import Layer, Layers, LayersDynamics, at
+from nflows_mongeampere.potentials.layers import Layer, Layers, LayersDynamics, at, number_of_modes
 from nflows_mongeampere.potentials.ridges import start_from
 
 
@@ -88,12 +88,7 @@ class DeepPotential(ClosedFormPotential):
             context_features = validation.integer("context_features", context_features)
         self.context_features = context_features
         self.time_dependent = bool(time_dependent)
-        self.modes = validation.integer("modes", modes)
-        if self.modes > 1 and not self.time_dependent:
-            raise ValueError(
-                f"modes: got {modes}, expected 1, because amplitudes of a potential that does not "
-                "depend on time are constant; build it with time_dependent=True"
-            )
+        self.modes = number_of_modes(modes, self.time_dependent)
         self.activation = validation.choice("activation", activation, ACTIVATIONS)
         first, *deeper = self.hidden_features
         self.weight = nn.Parameter(torch.empty(first, self.features))
