@@ -89,21 +89,14 @@ def _convolutional(
     )
 
 
-def _deep(features: int, hidden: int | list[int], **keywords: Any) -> Callable[[str], Potential]:
+def _deep(
+    *arguments: Any, kind: Any = DeepPotential, **keywords: Any
+) -> Callable[[str], Potential]:
     def build(activation: str) -> Potential:
-        potential = DeepPotential(features, hidden, activation=activation, **keywords)
+        potential: Potential = kind(*arguments, activation=activation, **keywords)
         for parameter in potential.parameters():
             nn.init.normal_(parameter, std=0.3)
-        nn.init.normal_(potential.weight, std=0.5)
-        return potential
-
-    return build
-
-
-def _grouped(features: int, hidden: int, size: int, **keywords: Any) -> Callable[[str], Potential]:
-    def build(activation: str) -> Potential:
-        potential = GroupedPotential(features, hidden, size, activation=activation, **keywords)
-        nn.init.normal_(potential.weight, std=0.5)
+        nn.init.normal_(potential.weight, std=0.7 / potential.weight.shape[1] ** 0.5)
         return potential
 
     return build
@@ -124,9 +117,11 @@ POTENTIALS = {
     "deep-everything": Example(
         _deep(4, [5, 4], context_features=2, time_dependent=True, modes=2), (1, 2, 2), 2
     ),
-    "grouped": Example(_grouped(6, 2, 2, rank=1), (6,)),
+    "grouped": Example(_deep(6, 2, 2, rank=1, kind=GroupedPotential), (6,)),
     "grouped-everything": Example(
-        _grouped(4, 6, 3, context_features=2, time_dependent=True, modes=2), (1, 2, 2), 2
+        _deep(4, 6, 3, context_features=2, time_dependent=True, modes=2, kind=GroupedPotential),
+        (1, 2, 2),
+        2,
     ),
     "symmetrized": Example(
         lambda a: SymmetrizedPotential(RidgePotential(4, 2, activation=a), translations((2, 2))),
