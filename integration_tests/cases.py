@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from nflows_mongeampere import (
     AutogradPotential,
     ConvolutionalPotential,
+    DeepConvolutionalPotential,
     DeepPotential,
     GroupedPotential,
     LatticePotential,
@@ -122,6 +123,9 @@ POTENTIALS = {
         _deep(4, 6, 3, context_features=2, time_dependent=True, modes=2, kind=GroupedPotential),
         (1, 2, 2),
         2,
+    ),
+    "deep-convolutional": Example(
+        _deep((2, 1, 3), 2, 2, kernel_size=3, kind=DeepConvolutionalPotential), (2, 1, 3)
     ),
     "symmetrized": Example(
         lambda a: SymmetrizedPotential(RidgePotential(4, 2, activation=a), translations((2, 2))),

@@ -13,6 +13,7 @@ from nflows_mongeampere.models import refined, transport_costs
 from nflows_mongeampere.potentials import (
     AutogradPotential,
     ConvolutionalPotential,
+    DeepConvolutionalPotential,
     DeepPotential,
     GroupedPotential,
     LatticePotential,
@@ -31,6 +32,7 @@ __all__ = [
     "AccuracyWarning",
     "AutogradPotential",
     "ConvolutionalPotential",
+    "DeepConvolutionalPotential",
     "DeepPotential",
     "ErrorEstimate",
     "Group",

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from nflows_mongeampere import (
     AutogradPotential,
     ConvolutionalPotential,
+    DeepConvolutionalPotential,
     DeepPotential,
     GroupedPotential,
     LatticePotential,
@@ -27,6 +28,7 @@ from nflows_mongeampere.groups import Group, point_group, reflections, translati
 from nflows_mongeampere.potentials import lattice as lattice_module
 from nflows_mongeampere.potentials import orbits
 from nflows_mongeampere.potentials.convolutional import ConvolutionalDynamics
+from nflows_mongeampere.potentials.deep_convolutional import DeepConvolutionalDynamics
 from nflows_mongeampere.potentials.grouped import GroupedDynamics
 from nflows_mongeampere.potentials.lattice import SiteDynamics
 from nflows_mongeampere.potentials.layers import LayersDynamics
@@ -91,6 +93,17 @@ def ridge(
 def convolutional(shape: Sequence[int], **options: object) -> ConvolutionalPotential:
     """Three kernels in float64, with numbers that differ from place to place."""
     potential = ConvolutionalPotential(shape, 3, **{"kernel_size": 3, **options}).double()  # type: ignore[arg-type]
+    for parameter in potential.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return potential
+
+
+def deep_convolutional(
+    shape: Sequence[int], size: int = 2, **options: object
+) -> DeepConvolutionalPotential:
+    """Four kernels in groups, in float64, with numbers that differ from place to place."""
+    options = {"kernel_size": 3, **options}
+    potential = DeepConvolutionalPotential(shape, 4, size, **options).double()  # type: ignore[arg-type]
     for parameter in potential.parameters():
         nn.init.normal_(parameter, std=0.3)
     return potential
@@ -165,6 +178,14 @@ POTENTIALS = {
         lambda: convolutional((2, 1, 3), kernel_size=5, activation="logcosh"),
         (6,),
         ConvolutionalDynamics,
+    ),
+    "deep-images": Example(
+        lambda: deep_convolutional((2, 3, 2)), (2, 3, 2), DeepConvolutionalDynamics
+    ),
+    "deep-small-images": Example(
+        lambda: deep_convolutional((2, 1, 3), 4, kernel_size=5, activation="softplus"),
+        (6,),
+        DeepConvolutionalDynamics,
     ),
     "deep": Example(lambda: deep(2, 3), (2,), LayersDynamics),
     "deeper-all": Example(
@@ -258,6 +279,22 @@ def convolutional_value(potential: ConvolutionalPotential, x: Tensor) -> Tensor:
     return (potential.amplitude * sigma).flatten(1).sum(1)
 
 
+def deep_convolutional_value(potential: DeepConvolutionalPotential, x: Tensor) -> Tensor:
+    """The definition: what PyTorch's convolution gives, and units above it kernel by kernel."""
+    images, softplus = x.reshape(len(x), *potential.shape), potential.activation == "softplus"
+    h = F.conv2d(images, potential.weight, padding=potential.kernel_size // 2) + potential.bias
+    y = h.sigmoid() if softplus else h.tanh()
+    value, size = convolutional_value(potential, x), potential.group_size
+    for k in range(potential.kernels):
+        group, row = divmod(k, size)
+        weights = potential.hidden_weight[group, row]
+        z = sum(w * y[:, group * size + j] for j, w in enumerate(weights))
+        z = z + potential.hidden_bias[k]
+        sigma = F.softplus(z, threshold=100) if softplus else z.cosh().log()
+        value = value + (potential.hidden_amplitude[k] * sigma).flatten(1).sum(1)
+    return value
+
+
 def deep_value(
     potential: DeepPotential, x: Tensor, t: float | Tensor = 0.0, context: Tensor | None = None
 ) -> Tensor:
@@ -333,6 +370,8 @@ def definition(potential: Potential, context: Tensor | None = None) -> Value:
         return lambda x, t: deep_value(potential, x, t, context)
     if isinstance(potential, GroupedPotential):
         return lambda x, t: grouped_value(potential, x, t, context)
+    if isinstance(potential, DeepConvolutionalPotential):
+        return lambda x, t: deep_convolutional_value(potential, x)
     if isinstance(potential, ConvolutionalPotential):
         return lambda x, t: convolutional_value(potential, x)
     if isinstance(potential, LatticePotential):
