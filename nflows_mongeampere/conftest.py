@@ -180,7 +180,7 @@ POTENTIALS = {
         ConvolutionalDynamics,
     ),
     "deep-images": Example(
-        lambda: deep_convolutional((2, 3, 2)), (2, 3, 2), DeepConvolutionalDynamics
+        lambda: deep_convolutional((2, 3, 2), group_units=3), (2, 3, 2), DeepConvolutionalDynamics
     ),
     "deep-small-images": Example(
         lambda: deep_convolutional((2, 1, 3), 4, kernel_size=5, activation="softplus"),
@@ -197,7 +197,7 @@ POTENTIALS = {
         (1, 2, 2),
         GroupedDynamics,
     ),
-    "grouped-reduced": Example(lambda: grouped(12, 4, 2, 0), (12,), GroupedDynamics),
+    "grouped-reduced": Example(lambda: grouped(12, 4, 2, 0, group_units=1), (12,), GroupedDynamics),
     "grouped-reduced-all": Example(
         lambda: grouped(12, 3, 3, modes=3, activation="softplus", **ALL), (12,), GroupedDynamics
     ),
@@ -285,8 +285,8 @@ def deep_convolutional_value(potential: DeepConvolutionalPotential, x: Tensor) -
     h = F.conv2d(images, potential.weight, padding=potential.kernel_size // 2) + potential.bias
     y = h.sigmoid() if softplus else h.tanh()
     value, size = convolutional_value(potential, x), potential.group_size
-    for k in range(potential.kernels):
-        group, row = divmod(k, size)
+    for k in range(len(potential.hidden_bias)):
+        group, row = divmod(k, potential.group_units)
         weights = potential.hidden_weight[group, row]
         z = sum(w * y[:, group * size + j] for j, w in enumerate(weights))
         z = z + potential.hidden_bias[k]
@@ -337,7 +337,7 @@ def grouped_value(
     value = torch.zeros(len(x), dtype=x.dtype)
     for k, modes in enumerate(potential.amplitude.T):
         time = torch.cos(torch.as_tensor(t, dtype=torch.float64) * math.pi * k)
-        a, q, c = modes.split([hidden, potential.rank, hidden])
+        a, q, c = modes.split([hidden, potential.rank, len(potential.hidden_bias)])
         value = value + time * (sigma[0] @ a + parabolas.square() @ q / 2 + sigma[1] @ c)
     return value
 

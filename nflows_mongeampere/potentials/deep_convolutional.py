@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from functools import cached_property
@@ -19,17 +20,25 @@ from nflows_mongeampere.potentials.convolutional import (
     ConvolutionalTensors,
     _Lines,
 )
-from nflows_mongeampere.potentials.units import Gradients, Units, evaluate, pull_back
+from nflows_mongeampere.potentials.units import (
+    Evaluation,
+    Gradients,
+    Units,
+    evaluate,
+    gram_forms,
+    pull_back,
+)
 
 
 class DeepConvolutionalPotential(ConvolutionalPotential):
     r"""A convolutional potential with a second layer of units at each pixel.
 
-    .. math:: u(x) = \sum_{k,i} \big( a_{ki}\, \sigma(h_{ki}) + c_{ki}\, \sigma(z_{ki}) \big),
+    .. math:: u(x) = \sum_{k,i} a_{ki}\, \sigma(h_{ki}) + \sum_{m,i} c_{mi}\, \sigma(z_{mi}),
               \qquad h_{ki} = (w_k \star x)_i + b_{ki}, \qquad
-              z_{ki} = \sum_{j \sim k} K_{kj}\, \sigma'(h_{ji}) + d_{ki},
+              z_{mi} = \sum_{j \sim m} K_{mj}\, \sigma'(h_{ji}) + d_{mi},
 
-    where :math:`j \sim k` are the g kernels of the group of k, at the same pixel. The Laplacian
+    where :math:`j \sim m` are the g kernels of the group of m, at the same pixel. There are
+    :math:`N = K / g` groups, each of which M units of the second layer read. The Laplacian
     needs the overlaps of the kernels of a group, :math:`w_j \cdot w_k`, of those parts that lie
     inside the image (:mod:`~nflows_mongeampere.potentials.units`).
 
@@ -37,8 +46,9 @@ class DeepConvolutionalPotential(ConvolutionalPotential):
 
     Args:
         shape: (C, H, W) of one image; events may have this shape or be flattened.
-        kernels: K, the number of kernels, and of units in the second layer of a pixel.
+        kernels: K, the number of kernels.
         group_size: g, the number of kernels in a group, which divides K.
+        group_units: M, the number of units that read a group at each pixel.
         kernel_size: their side in pixels, odd.
         activation: ``"logcosh"``, so that units are hyperbolic tangents, or ``"softplus"``,
             sigmoids.
@@ -47,9 +57,9 @@ class DeepConvolutionalPotential(ConvolutionalPotential):
         weight: w, shape (K, C, kernel_size, kernel_size).
         bias: b, shape (K, H, W).
         amplitude: a, shape (K, H, W).
-        hidden_weight: K, shape (K / g, g, g).
-        hidden_bias: d, shape (K, H, W).
-        hidden_amplitude: c, shape (K, H, W).
+        hidden_weight: K, shape (N, M, g).
+        hidden_bias: d, shape (N M, H, W).
+        hidden_amplitude: c, shape (N M, H, W).
 
     Raises:
         TypeError, ValueError: for arguments that do not fit.
@@ -68,14 +78,17 @@ class DeepConvolutionalPotential(ConvolutionalPotential):
         kernels: int,
         group_size: int = 4,
         *,
+        group_units: int = 1,
         kernel_size: int = 5,
         activation: str = "logcosh",
     ) -> None:
         super().__init__(shape, kernels, kernel_size=kernel_size, activation=activation)
         self.group_size = size = validation.divisor("group_size", group_size, "kernels", kernels)
-        self.hidden_weight = nn.Parameter(torch.empty(self.kernels // size, size, size))
-        self.hidden_bias = nn.Parameter(torch.empty_like(self.bias))
-        self.hidden_amplitude = nn.Parameter(torch.empty_like(self.amplitude))
+        self.group_units = units = validation.integer("group_units", group_units)
+        groups = self.kernels // size
+        self.hidden_weight = nn.Parameter(torch.empty(groups, units, size))
+        self.hidden_bias = nn.Parameter(torch.empty(groups * units, *self.shape[1:]))
+        self.hidden_amplitude = nn.Parameter(torch.empty_like(self.hidden_bias))
         self.reset_parameters()
 
     @torch.no_grad()
@@ -84,7 +97,9 @@ class DeepConvolutionalPotential(ConvolutionalPotential):
         super().reset_parameters()
         if hasattr(self, "hidden_weight"):  # not yet, where the constructor above draws the first
             nn.init.normal_(self.hidden_weight, std=1 / math.sqrt(self.group_size))
-            self.hidden_bias.copy_(torch.randn_like(self.bias[:, :1, :1]).expand_as(self.bias))
+            self.hidden_bias.copy_(
+                torch.randn(len(self.hidden_bias), 1, 1).expand_as(self.hidden_bias)
+            )
             nn.init.zeros_(self.hidden_amplitude)
 
     def dynamics(
@@ -111,11 +126,11 @@ class DeepConvolutionalTensors(NamedTuple):
         bias: b, shape (N, g, H, W).
         amplitude: a, shape (N, g, H, W).
         lengths: squared lengths of the kernels inside the image, shape (N, g, H, W).
-        hidden_amplitude: c, shape (N, g, H, W).
-        hidden_offset: d, shape (N, g, H, W).
-        hidden_weight: K, shape (N, g, g).
-        forms: products of two numbers of a row of K, shape (N, g, g g).
-        overlap: products of kernels of a group, inside the image, shape (N, g, g, H, W).
+        hidden_amplitude: c, shape (N, M, H, W).
+        hidden_offset: d, shape (N, M, H, W).
+        hidden_weight: K, shape (N, M, g).
+        forms: :math:`K_{mj} K_{mk} G_{jk}`, with the overlaps of kernels, shape
+            (runs of lines, runs of columns, N, M g, g).
     """
 
     weight: Tensor
@@ -126,7 +141,6 @@ class DeepConvolutionalTensors(NamedTuple):
     hidden_offset: Tensor
     hidden_weight: Tensor
     forms: Tensor
-    overlap: Tensor
 
 
 class DeepConvolutionalDynamics(Dynamics):
@@ -147,11 +161,14 @@ class DeepConvolutionalDynamics(Dynamics):
         self.coordinates = potential.features
         self.state = start(inputs, 1)
         weight, hidden = potential.weight, potential.hidden_weight
-        self._groups = groups = hidden.shape[:2]
+        self._groups = groups = (len(hidden), -1)
         kernels = weight.unflatten(0, groups)
         products = (kernels[:, :, None] * kernels[:, None]).flatten(0, 2)
         inside = F.conv2d(weight.new_ones(1, *self._shape), products, padding=self._side // 2)
-        overlap = inside[0].unflatten(0, (*groups, -1))
+        overlap = inside[0].unflatten(0, (*kernels.shape[:2], -1))
+        self._lines_alike, self._columns = (runs(n, self._side // 2) for n in self._shape[1:])
+        firsts = [[run.start for run in alike] for alike in (self._lines_alike, self._columns)]
+        gram = overlap[..., firsts[0], :][..., firsts[1]].permute(3, 4, 0, 1, 2).contiguous()
         self.tensors = DeepConvolutionalTensors(
             weight,
             potential.bias.unflatten(0, groups),
@@ -160,17 +177,19 @@ class DeepConvolutionalDynamics(Dynamics):
             potential.hidden_amplitude.unflatten(0, groups),
             potential.hidden_bias.unflatten(0, groups),
             hidden,
-            (hidden[:, :, :, None] * hidden[:, :, None]).flatten(2),
-            overlap,
+            gram_forms(hidden, gram),
         )
 
     def rate(self, t: Time, state: Tensor) -> Tensor:
         weight, bias = self.tensors[:2]
         images, margin = state[: self.coordinates].T.unflatten(1, self._shape), self._side // 2
         h = F.conv2d(images, weight, padding=margin).unflatten(1, self._groups) + bias
-        units = self._units(slice(None))
-        push, laplacian, _ = evaluate(units, h.movedim(0, -1), self._activation)
-        pushed = push.movedim(-1, 0).flatten(1, 2)
+        h, pushes, laplacian = h.movedim(0, -1), [], torch.zeros_like(state[-1])
+        for number in range(self._shape[1]):
+            push, thinning, _ = self._evaluate(number, h[:, :, number])
+            pushes.append(push)
+            laplacian = laplacian + thinning
+        pushed = torch.stack(pushes, 2).movedim(-1, 0).flatten(1, 2)
         velocity = F.conv_transpose2d(pushed, weight, padding=margin)
         return torch.cat([velocity.flatten(1).T, laplacian[None]])
 
@@ -180,7 +199,7 @@ class DeepConvolutionalDynamics(Dynamics):
         laplacian = torch.zeros_like(x[0])
         for number, line in enumerate(lines):
             h = self._at_pixels(lines.rows @ line.seen[0]).add_(self._bias(number))
-            push, thinning, _ = evaluate(self._units(number), h, self._activation, in_place=True)
+            push, thinning, _ = self._evaluate(number, h, in_place=True)
             laplacian += thinning
             line.pushed.addmm_(lines.transposed, self._flat(push))
         return torch.cat([lines.gather(), laplacian[None]]), (x,)
@@ -201,10 +220,17 @@ class DeepConvolutionalDynamics(Dynamics):
         for number, line in enumerate(lines):
             h, of_push = self._at_pixels(lines.rows @ line.seen[1]).chunk(2, 2)
             h = h + self._bias(number)
-            units = self._units(number)
-            push, _, evaluation = evaluate(units, h, self._activation, in_place=True)
-            of_units = Gradients(*_line(d_units, number))
-            of_h = pull_back(units, evaluation, self._activation, of_push, of_l, of_units)
+            push, _, evaluation = self._evaluate(number, h, in_place=True)
+            of_units = Gradients(*self._line(number, d_units))
+            of_h = pull_back(
+                self._units(number),
+                evaluation,
+                self._activation,
+                of_push,
+                of_l,
+                of_units,
+                self._columns,
+            )
             line.pushed.addmm_(lines.transposed, self._flat(of_h))
             if d_bias is not None:
                 d_bias[:, :, number] += of_h.sum(-1)
@@ -226,9 +252,25 @@ class DeepConvolutionalDynamics(Dynamics):
     def _bias(self, number: int) -> Tensor:
         return self.tensors.bias[:, :, number, :, None]
 
-    def _units(self, lines: int | slice) -> Units:
-        whole: Any = _line(self.tensors[2:], lines)
-        return Units(*whole)
+    def _evaluate(
+        self, number: int, h: Tensor, in_place: bool = False
+    ) -> tuple[Tensor, Tensor, Evaluation]:
+        """The two layers at the pixels of a line."""
+        return evaluate(self._units(number), h, self._activation, self._columns, in_place)
+
+    def _units(self, number: int) -> Units:
+        line: Any = self._line(number, self.tensors[2:])
+        return Units(*line)
+
+    def _line(self, number: int, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Of tensors in the order of :class:`Units` those of one line."""
+        *places, weight, forms = tensors
+        (run,) = (i for i, r in enumerate(self._lines_alike) if r.start <= number < r.stop)
+        return [
+            *(None if p is None else p[:, :, number, :, None] for p in places),
+            weight,
+            None if forms is None else forms[run],
+        ]
 
     def _at_pixels(self, flat: Tensor) -> Tensor:
         """Numbers of each kernel, (K, W·B), or twice as many, as (N, g, W, B)."""
@@ -239,12 +281,8 @@ class DeepConvolutionalDynamics(Dynamics):
         return units.flatten(2).flatten(0, 1)
 
 
-def _line(tensors: Sequence[Tensor | None], lines: int | slice) -> list[Tensor | None]:
-    """Of tensors in the order of :class:`Units` the numbers of one line, or of several."""
-    *places, weight, forms, overlap = tensors
-    return [
-        *(None if p is None else p[:, :, lines, :, None] for p in places),
-        weight,
-        forms,
-        None if overlap is None else overlap[:, :, :, lines, :, None],
-    ]
+def runs(length: int, margin: int) -> list[slice]:
+    """Runs of pixels in a row whose kernels are cut off by the borders alike."""
+    cuts = [(max(0, margin - i), max(0, i + margin - length + 1)) for i in range(length)]
+    ends = [i for i in range(1, length) if cuts[i] != cuts[i - 1]]
+    return [slice(*pair) for pair in itertools.pairwise([0, *ends, length])]

@@ -27,7 +27,7 @@ SHAPES = [(1, 4, 5), (2, 3, 3), (3, 1, 2), (1, 1, 1)]
 @pytest.mark.parametrize("kernel_size", [1, 3, 7])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_derivatives_are_those_of_torch(shape, kernel_size, group_size):
-    potential = deep_convolutional(shape, group_size, kernel_size=kernel_size)
+    potential = deep_convolutional(shape, group_size, group_units=2, kernel_size=kernel_size)
     x = torch.randn(4, *shape, dtype=torch.float64)
     gradient, laplacian = differentiate(lambda x, t: deep_convolutional_value(potential, x), x)
     close(potential.gradient(x), gradient, 1e-12)
@@ -39,7 +39,7 @@ def test_derivatives_are_those_of_torch(shape, kernel_size, group_size):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_gradients_of_a_flow_by_hand_are_those_of_autograd(shape, group_size, sensitivity):
     """Line by line by hand, and by autograd through the rate of whole images."""
-    potential = deep_convolutional(shape, group_size)
+    potential = deep_convolutional(shape, group_size, group_units=3)
     x = torch.randn(2, *shape, dtype=torch.float64, requires_grad=True)
     leaves = [x, *potential.parameters()]
     transform = MongeAmpereTransform(potential, solver="midpoint", steps=2, sensitivity=sensitivity)
@@ -57,10 +57,10 @@ def test_gradients_of_a_flow_by_hand_are_those_of_autograd(shape, group_size, se
 
 def test_it_is_the_grouped_potential_of_all_translated_kernels():
     shape, pixels = (2, 3, 4), 12
-    potential = deep_convolutional(shape)
+    potential = deep_convolutional(shape, group_units=3)
     images = torch.eye(24, dtype=torch.float64).reshape(24, *shape)
     rows = F.conv2d(images, potential.weight, padding=1).flatten(2).permute(2, 1, 0)
-    grouped = GroupedPotential(24, 4 * pixels, 2, rank=0).double()
+    grouped = GroupedPotential(24, 4 * pixels, 2, group_units=3, rank=0).double()
 
     def pixel_by_pixel(numbers):
         return numbers.flatten(1).T.flatten()

@@ -19,6 +19,7 @@ from nflows_mongeampere.potentials.units import (
     Gradients,
     Units,
     evaluate,
+    gram_forms,
     pull_back,
 )
 
@@ -27,13 +28,14 @@ class GroupedPotential(ClosedFormPotential):
     r"""Two hidden layers, the second of which reads disjoint groups of the first.
 
     .. math:: u(x, t; c) = \sum_{j=1}^{H} a_j(t)\, \sigma(h_j)
-                           + \sum_{m=1}^{H} c_m(t)\, \sigma(z_m)
+                           + \sum_m c_m(t)\, \sigma(z_m)
                            + \tfrac12 \sum_{i=1}^{r} q_i(t)\, h_{H+i}^2,
 
     .. math:: h = Wx + vt + Vc + b, \qquad
               z_m = \sum_{j \sim m} K_{mj}\, \sigma'(h_j) + d_m,
 
-    where :math:`j \sim m` are the g units of the group of m. The first H rows of W are ridges, the
+    where :math:`j \sim m` are the g ridges of the group of m. There are :math:`N = H / g` groups,
+    each of which M units of the second layer read. The first H rows of W are ridges, the
     last r parabolas: a quadratic form of rank r, whose minimum the context moves.
 
     The Laplacian needs no more than the Gram matrix of each group, and trajectories stay in the row
@@ -44,8 +46,10 @@ class GroupedPotential(ClosedFormPotential):
 
     Args:
         features: D, the number of entries of one event, whatever its shape.
-        hidden_features: H, the number of ridges, and of units in the second layer.
-        group_size: g, the number of units in a group, which divides H.
+        hidden_features: H, the number of ridges.
+        group_size: g, the number of ridges in a group, which divides H.
+        group_units: M, the number of units that read a group; as many as its ridges where it is
+            None.
         rank: r, the number of parabolas; min(10, D) where it is None.
         context_features: width of the context :math:`c`, or None for none.
         time_dependent: whether the first layer moves in time (:math:`v \ne 0`), and the amplitudes
@@ -57,9 +61,9 @@ class GroupedPotential(ClosedFormPotential):
     Attributes:
         weight: W, shape (H + r, D).
         bias: b, shape (H + r,).
-        hidden_weight: K, shape (H / g, g, g).
-        hidden_bias: d, shape (H,).
-        amplitude: a, q and c, one below the other, shape (H + r + H, modes).
+        hidden_weight: K, shape (N, M, g).
+        hidden_bias: d, shape (N M,).
+        amplitude: a, q and c, one below the other, shape (H + r + N M, modes).
         time_weight: v, shape (H + r,), or None.
         context_weight: V, shape (H + r, C), or None.
 
@@ -82,6 +86,7 @@ class GroupedPotential(ClosedFormPotential):
         hidden_features: int,
         group_size: int = 8,
         *,
+        group_units: int | None = None,
         rank: int | None = None,
         context_features: int | None = None,
         time_dependent: bool = False,
@@ -94,6 +99,9 @@ class GroupedPotential(ClosedFormPotential):
         self.group_size = size = validation.divisor(
             "group_size", group_size, "hidden_features", hidden
         )
+        if group_units is None:
+            group_units = size
+        self.group_units = units = validation.integer("group_units", group_units)
         if rank is None:
             rank = min(10, self.features)
         self.rank = validation.integer("rank", rank, minimum=0)
@@ -106,9 +114,9 @@ class GroupedPotential(ClosedFormPotential):
         rows = hidden + self.rank
         self.weight = nn.Parameter(torch.empty(rows, self.features))
         self.bias = nn.Parameter(torch.empty(rows))
-        self.hidden_weight = nn.Parameter(torch.empty(hidden // size, size, size))
-        self.hidden_bias = nn.Parameter(torch.empty(hidden))
-        self.amplitude = nn.Parameter(torch.empty(rows + hidden, self.modes))
+        self.hidden_weight = nn.Parameter(torch.empty(hidden // size, units, size))
+        self.hidden_bias = nn.Parameter(torch.empty(hidden // size * units))
+        self.amplitude = nn.Parameter(torch.empty(rows + len(self.hidden_bias), self.modes))
         self.time_weight = nn.Parameter(torch.empty(rows)) if self.time_dependent else None
         self.context_weight = (
             None if context_features is None else nn.Parameter(torch.empty(rows, context_features))
@@ -161,7 +169,7 @@ class GroupedPotential(ClosedFormPotential):
         if self.time_weight is not None:
             h = h + self.time_weight[:, None] * t
         h, parabolas = h.split([self.hidden_features, self.rank])
-        units = hidden @ sigma.first(h).unflatten(0, hidden.shape[:2])
+        units = hidden @ sigma.first(h).unflatten(0, (len(hidden), -1))
         z = units.flatten(0, 1) + self.hidden_bias[:, None]
         values = torch.cat([sigma.value(h), parabolas.square() / 2, sigma.value(z)])
         return (at(t, self.amplitude) * values).sum(0)
@@ -175,10 +183,10 @@ class GroupedTensors(NamedTuple):
         offset: :math:`Vc + b`, and :math:`Wx(0)` in reduced coordinates, (H + r, B) or (H + r, 1).
         speed: v, shape (H + r, 1), or None.
         lengths: :math:`\|w_j\|^2`, shape (H + r, 1).
-        amplitude: a, q and c, shape (H + r + H, modes).
-        hidden_offset: d, shape (N, g, 1).
-        weight: K, shape (N, g, g).
-        forms: :math:`K_{mj} K_{mk} G_{jk}`, shape (N, g, g g).
+        amplitude: a, q and c, shape (H + r + N M, modes).
+        hidden_offset: d, shape (N, M, 1).
+        weight: K, shape (N, M, g).
+        forms: :math:`K_{mj} K_{mk} G_{jk}`, shape (1, N, M g, g).
     """
 
     rows: Tensor
@@ -225,7 +233,7 @@ class GroupedDynamics(Dynamics):
         self.state = (
             torch.zeros_like(offset[:1]).repeat(len(rows) + 1, 1) if reduced else start(inputs, 1)
         )
-        groups = weight[: self._hidden].unflatten(0, hidden.shape[:2])
+        groups = weight[: self._hidden].unflatten(0, (len(hidden), -1))
         gram = groups @ groups.mT
         self.tensors = GroupedTensors(
             rows,
@@ -235,7 +243,7 @@ class GroupedDynamics(Dynamics):
             potential.amplitude,
             potential.hidden_bias.view(*hidden.shape[:2], 1),
             hidden,
-            (hidden[:, :, :, None] * hidden[:, :, None] * gram[:, None]).flatten(2),
+            gram_forms(hidden, gram)[None],
         )
 
     def rate(self, t: Time, state: Tensor) -> Tensor:
@@ -252,7 +260,7 @@ class GroupedDynamics(Dynamics):
         h = torch.addmm(offset if speed is None else offset + speed * t, rows, y)
         parabolas, amplitudes = h[hidden:], at(t, amplitude)
         push, laplacian, kept = evaluate(
-            self._units(amplitudes), self._grouped(h[:hidden]), self._activation, in_place
+            self._units(amplitudes), self._grouped(h[:hidden]), self._activation, in_place=in_place
         )
         stiffness = amplitudes[hidden : len(rows)]
         pushes = torch.cat([push.flatten(0, 1), stiffness * parabolas])
@@ -270,44 +278,39 @@ class GroupedDynamics(Dynamics):
         rows, _, _, lengths, amplitude, *_ = self.tensors
         y, parabolas, pushes, *evaluation = kept
         of_y, hidden, number = adjoint[: self.coordinates], self._hidden, len(rows)
-        of_l = (
-            adjoint[self.coordinates :]
-            if len(adjoint) > self.coordinates
-            else adjoint.new_zeros(1, adjoint.shape[1])
-        )
-        d_rows, d_offset, d_speed, d_lengths, d_amplitude, d_hidden_offset, d_weight, d_forms = (
-            gradients
-        )
+        whole = len(adjoint) > self.coordinates
+        of_l = adjoint[-1] if whole else torch.zeros_like(adjoint[-1])
+        d_rows, d_offset, d_speed, d_lengths, d_amplitude, *d_second = gradients
         amplitudes = at(t, amplitude)
         of_amplitudes = None if d_amplitude is None else torch.zeros_like(amplitudes)
         of_push = of_y if self._reduced else rows @ of_y
+
+        def part(of: Tensor | None, rows: slice) -> Tensor | None:
+            return None if of is None else self._grouped(of[rows])
+
+        first, parabolic, second = slice(hidden), slice(hidden, number), slice(number, None)
         of_h = pull_back(
             self._units(amplitudes),
             Evaluation(*evaluation),
             self._activation,
-            self._grouped(of_push[:hidden]),
+            self._grouped(of_push[first]),
             of_l,
             Gradients(
-                None if of_amplitudes is None else self._grouped(of_amplitudes[:hidden]),
-                None if d_lengths is None else self._grouped(d_lengths[:hidden]),
-                None if of_amplitudes is None else self._grouped(of_amplitudes[number:]),
-                d_hidden_offset,
-                d_weight,
-                d_forms,
-                None,
+                part(of_amplitudes, first),
+                part(d_lengths, first),
+                part(of_amplitudes, second),
+                *d_second,
             ),
         ).flatten(0, 1)
-        # parabolas
-        of_parabolas, total, stiffness = of_push[hidden:], of_l.sum(), amplitudes[hidden:number]
+        stiffness, of_parabolas, total = amplitudes[parabolic], of_push[parabolic], of_l.sum()
         of_h = torch.cat([of_h, stiffness * of_parabolas])
         if of_amplitudes is not None and d_amplitude is not None:
             of_stiffness = (parabolas * of_parabolas).sum(1, keepdim=True)
-            of_amplitudes[hidden:number] = of_stiffness.add_(lengths[hidden:] * total)
-            modes = amplitude.shape[1]
-            d_amplitude.add_(of_amplitudes if modes == 1 else of_amplitudes @ basis(t, amplitude).T)
+            of_amplitudes[parabolic] = of_stiffness.add_(lengths[parabolic] * total)
+            one = amplitude.shape[1] == 1
+            d_amplitude.add_(of_amplitudes if one else of_amplitudes @ basis(t, amplitude).T)
         if d_lengths is not None:
-            d_lengths[hidden:].add_(stiffness * total)
-
+            d_lengths[parabolic] += stiffness * total
         if d_rows is not None:
             d_rows.addmm_(of_h, y.T)
             if not self._reduced:
@@ -333,10 +336,9 @@ class GroupedDynamics(Dynamics):
             self.tensors.hidden_offset,
             self.tensors.weight,
             self.tensors.forms,
-            None,
         )
 
     def _grouped(self, units: Tensor) -> Tensor:
-        """Units of the first layer or the second, (H, ...), in groups, (N, g, ...)."""
-        grouped: Tensor = units.unflatten(0, self.tensors.weight.shape[:2])
+        """Units of the first layer or the second, (H, ...), in groups: (N, H / N, ...)."""
+        grouped: Tensor = units.unflatten(0, (len(self.tensors.weight), -1))
         return grouped

@@ -1,6 +1,6 @@
 r"""Two layers, the second of which reads groups of the first: Laplacian and adjoints.
 
-In each of N groups, g units of the first layer, :math:`h`, and g of the second, :math:`z`, make
+In each of N groups, g units of the first layer, :math:`h`, and M of the second, :math:`z`, make
 
 .. math:: u = a \cdot \sigma(h) + c \cdot \sigma(z), \qquad z = K\, \sigma'(h) + d.
 
@@ -19,11 +19,16 @@ with :math:`r_j = G_{jj}`: a form of g×g numbers for each unit, whatever the di
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from nflows_mongeampere.potentials.activations import Activation
+
+# where all places have the same Gram matrix
+EVERYWHERE = (slice(None),)
 
 
 class Units(NamedTuple):
@@ -32,11 +37,11 @@ class Units(NamedTuple):
     Attributes:
         amplitude: a, shape (N, g, places, 1).
         lengths: r, shape (N, g, places, 1).
-        hidden_amplitude: c, shape (N, g, places, 1).
-        hidden_offset: d, shape (N, g, places, 1).
-        weight: K, shape (N, g, g).
-        forms: :math:`K_{mj} K_{mk} G_{jk}`, shape (N, g, g g); without G where ``overlap`` has it.
-        overlap: G, shape (N, g, g, places, 1), where it differs from place to place, or None.
+        hidden_amplitude: c, shape (N, M, places, 1).
+        hidden_offset: d, shape (N, M, places, 1).
+        weight: K, shape (N, M, g).
+        forms: :math:`K_{mj} K_{mk} G_{jk}`, shape (N, M g, g), for each run of places whose Gram
+            matrix is the same: shape (runs, N, M g, g).
     """
 
     amplitude: Tensor
@@ -45,11 +50,10 @@ class Units(NamedTuple):
     hidden_offset: Tensor
     weight: Tensor
     forms: Tensor
-    overlap: Tensor | None
 
 
 class Gradients(NamedTuple):
-    """Of a loss to each tensor of :class:`Units`, to be added to, or None where it is not asked."""
+    """Those of a loss to :class:`Units`, to be added to; None for what is not asked for."""
 
     amplitude: Tensor | None
     lengths: Tensor | None
@@ -57,32 +61,40 @@ class Gradients(NamedTuple):
     hidden_offset: Tensor | None
     weight: Tensor | None
     forms: Tensor | None
-    overlap: Tensor | None
 
 
 class Evaluation(NamedTuple):
-    r"""What the way back needs: derivatives of both layers, e, and what multiplies r and c.
+    r"""What the way back needs: derivatives of both layers, e, and what multiplies c.
 
     Attributes:
-        p, second, third: derivatives of the first layer, shape (N, g, places, B).
-        pull: e.
-        bend: :math:`a \odot \sigma''(h) + \sigma'''(h) \odot e`.
-        y, curvature: first and second derivative of the second layer.
-        squares: :math:`\|q\|^2`.
+        p, second, steepness: :math:`\sigma'`, :math:`\sigma''` and :math:`\sigma''' / \sigma''` of
+            the first layer, shape (N, g, places, B).
+        pull: e, shape (N, g, places, B).
+        y, curvature: first and second derivative of the second layer, shape (N, M, places, B).
+        squares: :math:`\|q\|^2`, shape (N, M, places, B).
     """
 
     p: Tensor
     second: Tensor
-    third: Tensor
+    steepness: Tensor
     pull: Tensor
-    bend: Tensor
     y: Tensor
     curvature: Tensor
     squares: Tensor
 
 
+def gram_forms(weight: Tensor, gram: Tensor) -> Tensor:
+    r"""The forms :math:`K_{mj} K_{mk} G_{jk}`, shape (..., M g, g), of (..., M, g), (..., g, g)."""
+    forms = weight[..., :, None] * weight[..., None, :] * gram[..., None, :, :]
+    return forms.flatten(-3, -2)
+
+
 def evaluate(
-    units: Units, h: Tensor, sigma: Activation, in_place: bool = False
+    units: Units,
+    h: Tensor,
+    sigma: Activation,
+    runs: Sequence[slice] = EVERYWHERE,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Evaluation]:
     r""":math:`\partial u / \partial h`, shape (N, g, places, B), and :math:`\Delta u`, (B,).
 
@@ -90,21 +102,23 @@ def evaluate(
         units: the two layers.
         h: of the first layer, shape (N, g, places, B).
         sigma: the activation.
+        runs: of places, one for each matrix of forms.
         in_place: whether h may be written over, where autograd does not look.
     """
-    a, r, c, d, weight, forms, overlap = units
+    a, r, c, d, weight, forms = units
     p = sigma.first(h, out=h if in_place else None)
     second = sigma.second(p)
-    third = second * sigma.steepness(p)
-    squares = _product(forms, _pairs(second, overlap).flatten(1, 2))
+    steepness = sigma.steepness(p)
+    reads = _run_by_run(forms, second, runs).unflatten(1, weight.shape[1:])
+    squares = (reads * second[:, None]).sum(2)
     z = _product(weight, p) + d
     y = sigma.first(z, out=z if in_place else None)
     curvature = sigma.second(y)
     pull = _product(weight.mT, c * y)
     push = (a * p).addcmul(second, pull)
-    bend = (a * second).addcmul(third, pull)
-    laplacian = (r * bend).addcmul(c * curvature, squares).flatten(0, -2).sum(0)
-    return push, laplacian, Evaluation(p, second, third, pull, bend, y, curvature, squares)
+    bend = second * torch.addcmul(a, steepness, pull)
+    laplacian = _total(r * bend) + _total(c * curvature * squares)
+    return push, laplacian, Evaluation(p, second, steepness, pull, y, curvature, squares)
 
 
 def pull_back(
@@ -114,50 +128,59 @@ def pull_back(
     of_push: Tensor,
     of_l: Tensor,
     gradients: Gradients,
+    runs: Sequence[slice] = EVERYWHERE,
 ) -> Tensor:
     """The adjoint of h, from those of what :func:`evaluate` gives; adds to the gradients."""
-    a, r, c, _, weight, forms, overlap = units
-    p, second, third, pull, bend, y, curvature, squares = evaluation
+    a, r, c, _, weight, forms = units
+    p, second, steepness, pull, y, curvature, squares = evaluation
     thinning = r * of_l
-    of_pull = (second * of_push).addcmul_(third, thinning)
-    of_read, of_thinned = _product(weight, of_pull), squares * of_l
-    of_z = (c * of_read).addcmul_(c * of_thinned, sigma.steepness(y)).mul_(curvature)
-    of_squares = (c * curvature).mul_(of_l)
-    of_products = _product(forms.mT, of_squares).unflatten(1, (second.shape[1], -1))
-    seen = of_products if overlap is None else of_products * overlap
-    of_second = (seen * second[:, None]).sum(2).mul_(2)
-    of_second.addcmul_(a, thinning).addcmul_(pull, of_push)
-    of_p = _product(weight.mT, of_z).addcmul_(a, of_push)
-    of_h = (second * of_p).addcmul_(third, of_second)
-    of_h.addcmul_(sigma.fourth(p), pull * thinning)
-
-    if gradients.amplitude is not None:
-        gradients.amplitude.add_((p * of_push).addcmul_(second, thinning).sum(-1, keepdim=True))
-    if gradients.lengths is not None:
-        gradients.lengths.add_((bend * of_l).sum(-1, keepdim=True))
-    if gradients.hidden_amplitude is not None:
-        of_c = (y * of_read).addcmul_(curvature, of_thinned)
-        gradients.hidden_amplitude.add_(of_c.sum(-1, keepdim=True))
-    if gradients.hidden_offset is not None:
-        gradients.hidden_offset.add_(of_z.sum(-1, keepdim=True))
+    of_pull = torch.addcmul(of_push, steepness, thinning).mul_(second)
+    of_read, thinned = _product(weight, of_pull), squares * of_l
+    of_z = sigma.steepness(y).mul_(thinned).add_(of_read).mul_(curvature).mul_(c)
     if gradients.weight is not None:
         gradients.weight.baddbmm_(of_z.flatten(2), p.flatten(2).mT)
         gradients.weight.baddbmm_((c * y).flatten(2), of_pull.flatten(2).mT)
+    if gradients.hidden_amplitude is not None:
+        of_c = of_read.mul_(y).addcmul_(curvature, thinned)
+        gradients.hidden_amplitude.add_(of_c.sum(-1, keepdim=True))
+    if gradients.hidden_offset is not None:
+        gradients.hidden_offset.add_(of_z.sum(-1, keepdim=True))
+
+    of_squares = (c * curvature).mul_(of_l)
+    pairs = (of_squares[:, :, None] * second[:, None]).flatten(1, 2)
+    # the forms are symmetric
+    of_second = _run_by_run(forms.mT, pairs, runs).mul_(2)
     if gradients.forms is not None:
-        products = _pairs(second, overlap).flatten(1, 2)
-        gradients.forms.baddbmm_(of_squares.flatten(2), products.flatten(2).mT)
-    if gradients.overlap is not None:
-        gradients.overlap.add_((of_products * _pairs(second, None)).sum(-1, keepdim=True))
-    return of_h
+        for run, of_form in zip(runs, gradients.forms, strict=True):
+            rows, columns = pairs[..., run, :].flatten(2), second[..., run, :].flatten(2)
+            of_form.baddbmm_(rows, columns.mT)
+    if gradients.amplitude is not None:
+        of_a = (p * of_push).addcmul_(second, thinning)
+        gradients.amplitude.add_(of_a.sum(-1, keepdim=True))
+    if gradients.lengths is not None:
+        bend = torch.addcmul(a, steepness, pull).mul_(second)
+        gradients.lengths.add_((bend @ of_l)[..., None])
+
+    of_second.addcmul_(a, thinning).addcmul_(pull, of_push)
+    of_h = _product(weight.mT, of_z).addcmul_(a, of_push)
+    of_h.addcmul_(steepness, of_second).mul_(second)
+    return of_h.addcmul_(sigma.fourth(p), thinning.mul_(pull))
 
 
-def _pairs(second: Tensor, overlap: Tensor | None) -> Tensor:
-    """Products of all pairs of units of a group, (N, g, g, places, B)."""
-    pairs = second[:, :, None] * second[:, None]
-    return pairs if overlap is None else pairs * overlap
+def _run_by_run(weights: Tensor, units: Tensor, runs: Sequence[slice]) -> Tensor:
+    """Products of each run of places with a matrix of its own."""
+    products = [
+        _product(weight, units[..., run, :]) for run, weight in zip(runs, weights, strict=True)
+    ]
+    return products[0] if len(products) == 1 else torch.cat(products, -2)
 
 
 def _product(weight: Tensor, units: Tensor) -> Tensor:
-    """The product of each group with its units: (N, m, g) times (N, g, places, B)."""
+    """The product of each group with its units: (N, M, g) times (N, g, places, B)."""
     product: Tensor = (weight @ units.flatten(2)).unflatten(2, units.shape[2:])
     return product
+
+
+def _total(terms: Tensor) -> Tensor:
+    """The sum over all but the points."""
+    return terms.flatten(0, -2).sum(0)
