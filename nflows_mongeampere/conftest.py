@@ -188,6 +188,7 @@ POTENTIALS = {
         DeepConvolutionalDynamics,
     ),
     "deep": Example(lambda: deep(2, 3), (2,), LayersDynamics),
+    "deep-rank": Example(lambda: deep(4, 3, rank=2), (4,), LayersDynamics),
     "deeper-all": Example(
         lambda: deep(4, [3, 4, 2], modes=3, activation="softplus", **ALL), (1, 2, 2), LayersDynamics
     ),
@@ -311,7 +312,10 @@ def deep_value(
     for weight, bias in zip(potential.hidden_weights, potential.hidden_biases, strict=True):
         y = torch.stack([h.sigmoid() if softplus else h.tanh() for h in layers[-1]])
         layers.append(list(weight @ y + bias[:, None]))
-    value = 0.5 * torch.einsum("bi,ij,bj->b", x.flatten(1), potential.quadratic, x.flatten(1))
+    if potential.stiffness is None:
+        value = 0.5 * torch.einsum("bi,ij,bj->b", x.flatten(1), potential.quadratic, x.flatten(1))
+    else:
+        value = (x.flatten(1) @ potential.quadratic.T).square() @ potential.stiffness / 2
     value = value + x.flatten(1) @ potential.drift
     for row, h in zip(potential.amplitude, [h for layer in layers for h in layer], strict=True):
         time = torch.as_tensor(t, dtype=torch.float64)
