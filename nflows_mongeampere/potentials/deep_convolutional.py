@@ -23,7 +23,6 @@ from nflows_mongeampere.potentials.convolutional import (
 from nflows_mongeampere.potentials.units import (
     Evaluation,
     Gradients,
-    Room,
     Units,
     evaluate,
     gram_forms,
@@ -162,7 +161,6 @@ class DeepConvolutionalDynamics(Dynamics):
         self.coordinates = potential.features
         self.state = start(inputs, 1)
         weight, hidden = potential.weight, potential.hidden_weight
-        self._room = Room(weight.detach())
         self._groups = groups = (len(hidden), -1)
         kernels = weight.unflatten(0, groups)
         products = (kernels[:, :, None] * kernels[:, None]).flatten(0, 2)
@@ -201,8 +199,7 @@ class DeepConvolutionalDynamics(Dynamics):
         laplacian = torch.zeros_like(x[0])
         for number, line in enumerate(lines):
             h = self._at_pixels(lines.rows @ line.seen[0]).add_(self._bias(number))
-            self._room.clear()
-            push, thinning, _ = self._evaluate(number, h, self._room)
+            push, thinning, _ = self._evaluate(number, h, in_place=True)
             laplacian += thinning
             line.pushed.addmm_(lines.transposed, self._flat(push))
         return torch.cat([lines.gather(), laplacian[None]]), (x,)
@@ -223,8 +220,7 @@ class DeepConvolutionalDynamics(Dynamics):
         for number, line in enumerate(lines):
             h, of_push = self._at_pixels(lines.rows @ line.seen[1]).chunk(2, 2)
             h = h + self._bias(number)
-            self._room.clear()
-            push, _, evaluation = self._evaluate(number, h, self._room)
+            push, _, evaluation = self._evaluate(number, h, in_place=True)
             of_units = Gradients(*self._line(number, d_units))
             of_h = pull_back(
                 self._units(number),
@@ -233,7 +229,6 @@ class DeepConvolutionalDynamics(Dynamics):
                 of_push,
                 of_l,
                 of_units,
-                self._room,
                 self._columns,
             )
             line.pushed.addmm_(lines.transposed, self._flat(of_h))
@@ -258,10 +253,10 @@ class DeepConvolutionalDynamics(Dynamics):
         return self.tensors.bias[:, :, number, :, None]
 
     def _evaluate(
-        self, number: int, h: Tensor, room: Room | None = None
+        self, number: int, h: Tensor, in_place: bool = False
     ) -> tuple[Tensor, Tensor, Evaluation]:
         """The two layers at the pixels of a line."""
-        return evaluate(self._units(number), h, self._activation, self._columns, room)
+        return evaluate(self._units(number), h, self._activation, self._columns, in_place)
 
     def _units(self, number: int) -> Units:
         line: Any = self._line(number, self.tensors[2:])

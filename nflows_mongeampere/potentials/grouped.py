@@ -17,7 +17,6 @@ from nflows_mongeampere.potentials.ridges import reduces, start_from
 from nflows_mongeampere.potentials.units import (
     Evaluation,
     Gradients,
-    Room,
     Units,
     evaluate,
     gram_forms,
@@ -224,7 +223,7 @@ class GroupedDynamics(Dynamics):
         weight, hidden = potential.weight, potential.hidden_weight
         self._activation: Activation = ACTIVATIONS[potential.activation]
         self._inputs, self._weight, self._reduced = inputs, weight, reduced
-        self._hidden, self._room = potential.hidden_features, Room(weight.detach())
+        self._hidden = potential.hidden_features
         speed, offset = potential.time_weight, potential.offset(context)
         rows: Tensor = weight
         if reduced:
@@ -248,15 +247,20 @@ class GroupedDynamics(Dynamics):
         )
 
     def rate(self, t: Time, state: Tensor) -> Tensor:
-        return self.stage(t, state)[0]
+        return self._evaluate(t, state)[0]
 
     def stage(self, t: Time, state: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return self._evaluate(t, state, in_place=True)
+
+    def _evaluate(
+        self, t: Time, state: Tensor, in_place: bool = False
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         rows, offset, speed, lengths, amplitude, *_ = self.tensors
         y, hidden = state[: self.coordinates], self._hidden
         h = torch.addmm(offset if speed is None else offset + speed * t, rows, y)
         parabolas, amplitudes = h[hidden:], at(t, amplitude)
         push, laplacian, kept = evaluate(
-            self._units(amplitudes), self._grouped(h[:hidden]), self._activation
+            self._units(amplitudes), self._grouped(h[:hidden]), self._activation, in_place=in_place
         )
         stiffness = amplitudes[hidden : len(rows)]
         pushes = torch.cat([push.flatten(0, 1), stiffness * parabolas])
@@ -297,7 +301,6 @@ class GroupedDynamics(Dynamics):
                 part(of_amplitudes, second),
                 *d_second,
             ),
-            self._cleared(),
         ).flatten(0, 1)
         stiffness, of_parabolas, total = amplitudes[parabolic], of_push[parabolic], of_l.sum()
         of_h = torch.cat([of_h, stiffness * of_parabolas])
@@ -323,10 +326,6 @@ class GroupedDynamics(Dynamics):
         if not self._reduced:
             return as_rows(moved, shape)
         return self._inputs + as_rows(self._weight.T @ moved, shape)
-
-    def _cleared(self) -> Room:
-        self._room.clear()
-        return self._room
 
     def _units(self, amplitudes: Tensor) -> Units:
         hidden, number = self._hidden, len(self.tensors.rows)

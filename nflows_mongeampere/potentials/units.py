@@ -89,72 +89,35 @@ def gram_forms(weight: Tensor, gram: Tensor) -> Tensor:
     return forms.flatten(-3, -2)
 
 
-class Room:
-    """Tensors that are written over again and again: fresh memory costs more than the arithmetic.
-
-    Those that are taken stay as they are until the room is cleared.
-    """
-
-    def __init__(self, like: Tensor) -> None:
-        self._like = like
-        self._tensors: dict[torch.Size, list[Tensor]] = {}
-        self._taken: dict[torch.Size, int] = {}
-
-    def clear(self) -> None:
-        self._taken = dict.fromkeys(self._tensors, 0)
-
-    def take(self, shape: torch.Size) -> Tensor:
-        """A tensor of some shape, with any numbers in it."""
-        tensors, taken = self._tensors.setdefault(shape, []), self._taken.get(shape, 0)
-        if taken == len(tensors):
-            tensors.append(self._like.new_empty(shape))
-        self._taken[shape] = taken + 1
-        return tensors[taken]
-
-
 def evaluate(
     units: Units,
     h: Tensor,
     sigma: Activation,
     runs: Sequence[slice] = EVERYWHERE,
-    room: Room | None = None,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Evaluation]:
     r""":math:`\partial u / \partial h`, shape (N, g, places, B), and :math:`\Delta u`, (B,).
 
     Args:
         units: the two layers.
-        h: of the first layer, shape (N, g, places, B); written over where there is room.
+        h: of the first layer, shape (N, g, places, B).
         sigma: the activation.
         runs: of places, one for each matrix of forms.
-        room: for what is made on the way, where autograd does not look.
+        in_place: whether h may be written over, where autograd does not look.
     """
-
-    def new(shape: torch.Size) -> Tensor | None:
-        return None if room is None else room.take(shape)
-
-    def over(written: Tensor) -> Tensor | None:
-        return None if room is None else written
-
     a, r, c, d, weight, forms = units
-    first = h.shape
-    hidden = torch.Size((*weight.shape[:2], *first[2:]))
-    p = sigma.first(h, out=over(h))
-    second, steepness = sigma.second(p, out=new(first)), sigma.steepness(p, out=new(first))
-    reads = _run_by_run(forms, second, runs, room).unflatten(1, weight.shape[1:])
-    reads = torch.mul(reads, second[:, None], out=over(reads))
-    squares = torch.sum(reads, 2, out=new(hidden))
-    z = _product(weight, p, new(hidden))
-    z = torch.add(z, d, out=over(z))
-    y = sigma.first(z, out=over(z))
-    curvature = sigma.second(y, out=new(hidden))
-    pull = _product(weight.mT, torch.mul(c, y, out=new(hidden)), new(first))
-    push = torch.mul(a, p, out=new(first))
-    push = torch.addcmul(push, second, pull, out=over(push))
-    bend = torch.addcmul(a, steepness, pull, out=new(first))
-    bend = torch.mul(bend, second, out=over(bend))
-    thinned = torch.mul(curvature, squares, out=new(hidden))
-    thinned = torch.mul(thinned, c, out=over(thinned))
-    laplacian = r.flatten() @ bend.flatten(0, -2) + thinned.flatten(0, -2).sum(0)
+    p = sigma.first(h, out=h if in_place else None)
+    second = sigma.second(p)
+    steepness = sigma.steepness(p)
+    reads = _run_by_run(forms, second, runs).unflatten(1, weight.shape[1:])
+    squares = (reads * second[:, None]).sum(2)
+    z = _product(weight, p) + d
+    y = sigma.first(z, out=z if in_place else None)
+    curvature = sigma.second(y)
+    pull = _product(weight.mT, c * y)
+    push = (a * p).addcmul(second, pull)
+    bend = second * torch.addcmul(a, steepness, pull)
+    laplacian = _total(r * bend) + _total(c * curvature * squares)
     return push, laplacian, Evaluation(p, second, steepness, pull, y, curvature, squares)
 
 
@@ -165,65 +128,59 @@ def pull_back(
     of_push: Tensor,
     of_l: Tensor,
     gradients: Gradients,
-    room: Room,
     runs: Sequence[slice] = EVERYWHERE,
 ) -> Tensor:
     """The adjoint of h, from those of what :func:`evaluate` gives; adds to the gradients."""
     a, r, c, _, weight, forms = units
     p, second, steepness, pull, y, curvature, squares = evaluation
-    thinning, of_pull, spare, of_h = (room.take(p.shape) for _ in range(4))
-    of_read, thinned, of_z, of_squares = (room.take(y.shape) for _ in range(4))
-    torch.mul(r, of_l, out=thinning)
-    torch.addcmul(of_push, steepness, thinning, out=of_pull).mul_(second)
-    _product(weight, of_pull, of_read)
-    torch.mul(squares, of_l, out=thinned)
-    sigma.steepness(y, out=of_z).mul_(thinned).add_(of_read).mul_(curvature).mul_(c)
+    thinning = r * of_l
+    of_pull = torch.addcmul(of_push, steepness, thinning).mul_(second)
+    of_read, thinned = _product(weight, of_pull), squares * of_l
+    of_z = sigma.steepness(y).mul_(thinned).add_(of_read).mul_(curvature).mul_(c)
+    if gradients.weight is not None:
+        gradients.weight.baddbmm_(of_z.flatten(2), p.flatten(2).mT)
+        gradients.weight.baddbmm_((c * y).flatten(2), of_pull.flatten(2).mT)
     if gradients.hidden_amplitude is not None:
         of_c = of_read.mul_(y).addcmul_(curvature, thinned)
         gradients.hidden_amplitude.add_(of_c.sum(-1, keepdim=True))
     if gradients.hidden_offset is not None:
         gradients.hidden_offset.add_(of_z.sum(-1, keepdim=True))
-    if gradients.weight is not None:
-        pushed = torch.mul(c, y, out=thinned)
-        gradients.weight.baddbmm_(of_z.flatten(2), p.flatten(2).mT)
-        gradients.weight.baddbmm_(pushed.flatten(2), of_pull.flatten(2).mT)
-    if gradients.lengths is not None:
-        bend = torch.addcmul(a, steepness, pull, out=spare).mul_(second)
-        gradients.lengths.add_((bend @ of_l)[..., None])
-    if gradients.amplitude is not None:
-        of_a = torch.mul(p, of_push, out=spare).addcmul_(second, thinning)
-        gradients.amplitude.add_(of_a.sum(-1, keepdim=True))
 
-    torch.mul(curvature, c, out=of_squares).mul_(of_l)
-    pairs = room.take(torch.Size((*weight.shape, *p.shape[2:])))
-    pairs = torch.mul(of_squares[:, :, None], second[:, None], out=pairs).flatten(1, 2)
+    of_squares = (c * curvature).mul_(of_l)
+    pairs = (of_squares[:, :, None] * second[:, None]).flatten(1, 2)
     # the forms are symmetric
-    of_second = _run_by_run(forms.mT, pairs, runs, room).mul_(2)
-    of_second.addcmul_(a, thinning).addcmul_(pull, of_push)
+    of_second = _run_by_run(forms.mT, pairs, runs).mul_(2)
     if gradients.forms is not None:
         for run, of_form in zip(runs, gradients.forms, strict=True):
             rows, columns = pairs[..., run, :].flatten(2), second[..., run, :].flatten(2)
             of_form.baddbmm_(rows, columns.mT)
-    _product(weight.mT, of_z, of_h).addcmul_(a, of_push)
+    if gradients.amplitude is not None:
+        of_a = (p * of_push).addcmul_(second, thinning)
+        gradients.amplitude.add_(of_a.sum(-1, keepdim=True))
+    if gradients.lengths is not None:
+        bend = torch.addcmul(a, steepness, pull).mul_(second)
+        gradients.lengths.add_((bend @ of_l)[..., None])
+
+    of_second.addcmul_(a, thinning).addcmul_(pull, of_push)
+    of_h = _product(weight.mT, of_z).addcmul_(a, of_push)
     of_h.addcmul_(steepness, of_second).mul_(second)
     return of_h.addcmul_(sigma.fourth(p), thinning.mul_(pull))
 
 
-def _run_by_run(weights: Tensor, units: Tensor, runs: Sequence[slice], room: Room | None) -> Tensor:
+def _run_by_run(weights: Tensor, units: Tensor, runs: Sequence[slice]) -> Tensor:
     """Products of each run of places with a matrix of its own."""
-    pieces = [units[..., run, :] for run in runs]
-    shape = torch.Size((*weights.shape[1:3], *units.shape[2:]))
-    out = None if room is None else room.take(shape)
-    if len(pieces) == 1:
-        return _product(weights[0], units, out)
-    products = [_product(*pair) for pair in zip(weights, pieces, strict=True)]
-    return torch.cat(products, -2, out=out)
+    products = [
+        _product(weight, units[..., run, :]) for run, weight in zip(runs, weights, strict=True)
+    ]
+    return products[0] if len(products) == 1 else torch.cat(products, -2)
 
 
-def _product(weight: Tensor, units: Tensor, out: Tensor | None = None) -> Tensor:
+def _product(weight: Tensor, units: Tensor) -> Tensor:
     """The product of each group with its units: (N, M, g) times (N, g, places, B)."""
-    if out is not None:
-        torch.bmm(weight, units.flatten(2), out=out.flatten(2))
-        return out
     product: Tensor = (weight @ units.flatten(2)).unflatten(2, units.shape[2:])
     return product
+
+
+def _total(terms: Tensor) -> Tensor:
+    """The sum over all but the points."""
+    return terms.flatten(0, -2).sum(0)
