@@ -114,8 +114,8 @@ class DeepConvolutionalPotential(ConvolutionalPotential):
         h = F.conv2d(images, self.weight, padding=self.kernel_size // 2) + self.bias
         kernels = torch.block_diag(*self.hidden_weight)[:, :, None, None]
         z = F.conv2d(sigma.first(h), kernels) + self.hidden_bias
-        values = self.amplitude * sigma.value(h) + self.hidden_amplitude * sigma.value(z)
-        return values.flatten(1).sum(1)
+        amplitudes = torch.cat([self.amplitude, self.hidden_amplitude])
+        return (amplitudes * sigma.value(torch.cat([h, z], 1))).flatten(1).sum(1)
 
 
 class DeepConvolutionalTensors(NamedTuple):

@@ -40,7 +40,7 @@ class GroupedPotential(ClosedFormPotential):
 
     The Laplacian needs no more than the Gram matrix of each group, and trajectories stay in the row
     space of W. So depth costs what a :class:`~nflows_mongeampere.RidgePotential` of H + r ridges
-    costs, and O(H g) beside it, however many features there are.
+    costs, and O(H g) beside it for each of the M units, however many features there are.
 
     All amplitudes start at zero: a new flow is the identity map.
 
