@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from nflows_mongeampere import (
     AutogradPotential,
     ConvolutionalPotential,
+    DeepConvolutionalPotential,
     DeepPotential,
+    GroupedPotential,
     LatticePotential,
     MongeAmpereTransform,
     Potential,
@@ -88,12 +90,14 @@ def _convolutional(
     )
 
 
-def _deep(features: int, hidden: int | list[int], **keywords: Any) -> Callable[[str], Potential]:
+def _deep(
+    *arguments: Any, kind: Any = DeepPotential, **keywords: Any
+) -> Callable[[str], Potential]:
     def build(activation: str) -> Potential:
-        potential = DeepPotential(features, hidden, activation=activation, **keywords)
+        potential: Potential = kind(*arguments, activation=activation, **keywords)
         for parameter in potential.parameters():
             nn.init.normal_(parameter, std=0.3)
-        nn.init.normal_(potential.weight, std=0.5)
+        nn.init.normal_(potential.weight, std=0.7 / potential.weight.shape[1] ** 0.5)
         return potential
 
     return build
@@ -113,6 +117,15 @@ POTENTIALS = {
     "deep": Example(_deep(2, 4), (2,)),
     "deep-everything": Example(
         _deep(4, [5, 4], context_features=2, time_dependent=True, modes=2), (1, 2, 2), 2
+    ),
+    "grouped": Example(_deep(6, 2, 2, rank=1, kind=GroupedPotential), (6,)),
+    "grouped-everything": Example(
+        _deep(4, 6, 3, context_features=2, time_dependent=True, modes=2, kind=GroupedPotential),
+        (1, 2, 2),
+        2,
+    ),
+    "deep-convolutional": Example(
+        _deep((2, 1, 3), 2, 2, kernel_size=3, kind=DeepConvolutionalPotential), (2, 1, 3)
     ),
     "symmetrized": Example(
         lambda a: SymmetrizedPotential(RidgePotential(4, 2, activation=a), translations((2, 2))),

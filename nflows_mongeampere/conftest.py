@@ -15,7 +15,9 @@ from torch.nn import functional as F
 from nflows_mongeampere import (
     AutogradPotential,
     ConvolutionalPotential,
+    DeepConvolutionalPotential,
     DeepPotential,
+    GroupedPotential,
     LatticePotential,
     Potential,
     RidgePotential,
@@ -26,6 +28,8 @@ from nflows_mongeampere.groups import Group, point_group, reflections, translati
 from nflows_mongeampere.potentials import lattice as lattice_module
 from nflows_mongeampere.potentials import orbits
 from nflows_mongeampere.potentials.convolutional import ConvolutionalDynamics
+from nflows_mongeampere.potentials.deep_convolutional import DeepConvolutionalDynamics
+from nflows_mongeampere.potentials.grouped import GroupedDynamics
 from nflows_mongeampere.potentials.lattice import SiteDynamics
 from nflows_mongeampere.potentials.layers import LayersDynamics
 from nflows_mongeampere.potentials.orbits import LatticeDynamics
@@ -94,11 +98,33 @@ def convolutional(shape: Sequence[int], **options: object) -> ConvolutionalPoten
     return potential
 
 
+def deep_convolutional(
+    shape: Sequence[int], size: int = 2, **options: object
+) -> DeepConvolutionalPotential:
+    """Four kernels in groups, in float64, with numbers that differ from place to place."""
+    options = {"kernel_size": 3, **options}
+    potential = DeepConvolutionalPotential(shape, 4, size, **options).double()  # type: ignore[arg-type]
+    for parameter in potential.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return potential
+
+
 def deep(features: int, widths: int | Sequence[int], **options: object) -> DeepPotential:
     """A deep potential in float64 with numbers that differ from place to place."""
     potential = DeepPotential(features, widths, **options).double()  # type: ignore[arg-type]
     for parameter in potential.parameters():
         nn.init.normal_(parameter, std=0.4)
+    return potential
+
+
+def grouped(
+    features: int, hidden: int, size: int, rank: int = 1, **options: object
+) -> GroupedPotential:
+    """A grouped potential in float64 with numbers that differ from place to place."""
+    potential = GroupedPotential(features, hidden, size, rank=rank, **options).double()  # type: ignore[arg-type]
+    for parameter in potential.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    nn.init.normal_(potential.weight, std=0.8 / features**0.5)
     return potential
 
 
@@ -153,9 +179,28 @@ POTENTIALS = {
         (6,),
         ConvolutionalDynamics,
     ),
+    "deep-images": Example(
+        lambda: deep_convolutional((2, 3, 2), group_units=3), (2, 3, 2), DeepConvolutionalDynamics
+    ),
+    "deep-small-images": Example(
+        lambda: deep_convolutional((2, 1, 3), 4, kernel_size=5, activation="softplus"),
+        (6,),
+        DeepConvolutionalDynamics,
+    ),
     "deep": Example(lambda: deep(2, 3), (2,), LayersDynamics),
+    "deep-rank": Example(lambda: deep(4, 3, rank=2), (4,), LayersDynamics),
     "deeper-all": Example(
         lambda: deep(4, [3, 4, 2], modes=3, activation="softplus", **ALL), (1, 2, 2), LayersDynamics
+    ),
+    "grouped": Example(lambda: grouped(2, 6, 3), (2,), GroupedDynamics),
+    "grouped-all": Example(
+        lambda: grouped(4, 8, 2, 2, modes=2, activation="softplus", **ALL),
+        (1, 2, 2),
+        GroupedDynamics,
+    ),
+    "grouped-reduced": Example(lambda: grouped(12, 4, 2, 0, group_units=1), (12,), GroupedDynamics),
+    "grouped-reduced-all": Example(
+        lambda: grouped(12, 3, 3, modes=3, activation="softplus", **ALL), (12,), GroupedDynamics
     ),
     "orbits": Example(
         lambda: SymmetrizedPotential(ridge(4, 3, scale=3, **ALL), translations((2, 2))),
@@ -235,6 +280,22 @@ def convolutional_value(potential: ConvolutionalPotential, x: Tensor) -> Tensor:
     return (potential.amplitude * sigma).flatten(1).sum(1)
 
 
+def deep_convolutional_value(potential: DeepConvolutionalPotential, x: Tensor) -> Tensor:
+    """The definition: what PyTorch's convolution gives, and units above it kernel by kernel."""
+    images, softplus = x.reshape(len(x), *potential.shape), potential.activation == "softplus"
+    h = F.conv2d(images, potential.weight, padding=potential.kernel_size // 2) + potential.bias
+    y = h.sigmoid() if softplus else h.tanh()
+    value, size = convolutional_value(potential, x), potential.group_size
+    for k in range(len(potential.hidden_bias)):
+        group, row = divmod(k, potential.group_units)
+        weights = potential.hidden_weight[group, row]
+        z = sum(w * y[:, group * size + j] for j, w in enumerate(weights))
+        z = z + potential.hidden_bias[k]
+        sigma = F.softplus(z, threshold=100) if softplus else z.cosh().log()
+        value = value + (potential.hidden_amplitude[k] * sigma).flatten(1).sum(1)
+    return value
+
+
 def deep_value(
     potential: DeepPotential, x: Tensor, t: float | Tensor = 0.0, context: Tensor | None = None
 ) -> Tensor:
@@ -251,12 +312,37 @@ def deep_value(
     for weight, bias in zip(potential.hidden_weights, potential.hidden_biases, strict=True):
         y = torch.stack([h.sigmoid() if softplus else h.tanh() for h in layers[-1]])
         layers.append(list(weight @ y + bias[:, None]))
-    value = 0.5 * torch.einsum("bi,ij,bj->b", x.flatten(1), potential.quadratic, x.flatten(1))
+    if potential.stiffness is None:
+        value = 0.5 * torch.einsum("bi,ij,bj->b", x.flatten(1), potential.quadratic, x.flatten(1))
+    else:
+        value = (x.flatten(1) @ potential.quadratic.T).square() @ potential.stiffness / 2
     value = value + x.flatten(1) @ potential.drift
     for row, h in zip(potential.amplitude, [h for layer in layers for h in layer], strict=True):
         time = torch.as_tensor(t, dtype=torch.float64)
         a = sum(a * torch.cos(time * math.pi * k) for k, a in enumerate(row))
         value = value + a * (F.softplus(h, threshold=100) if softplus else h.cosh().log())
+    return value
+
+
+def grouped_value(
+    potential: GroupedPotential, x: Tensor, t: float | Tensor = 0.0, context: Tensor | None = None
+) -> Tensor:
+    """The definition: a deep potential whose second layer is a matrix of blocks, and parabolas."""
+    softplus, hidden = potential.activation == "softplus", potential.hidden_features
+    h = x.flatten(1) @ potential.weight.T + potential.bias
+    if potential.time_weight is not None:
+        h = h + potential.time_weight * torch.as_tensor(t, dtype=x.dtype).reshape(-1, 1)
+    if potential.context_weight is not None and context is not None:
+        h = h + context @ potential.context_weight.T
+    first, parabolas = h[:, :hidden], h[:, hidden:]
+    y = first.sigmoid() if softplus else first.tanh()
+    z = y @ torch.block_diag(*potential.hidden_weight).T + potential.hidden_bias
+    sigma = [F.softplus(u, threshold=100) if softplus else u.cosh().log() for u in (first, z)]
+    value = torch.zeros(len(x), dtype=x.dtype)
+    for k, modes in enumerate(potential.amplitude.T):
+        time = torch.cos(torch.as_tensor(t, dtype=torch.float64) * math.pi * k)
+        a, q, c = modes.split([hidden, potential.rank, len(potential.hidden_bias)])
+        value = value + time * (sigma[0] @ a + parabolas.square() @ q / 2 + sigma[1] @ c)
     return value
 
 
@@ -286,6 +372,10 @@ def definition(potential: Potential, context: Tensor | None = None) -> Value:
         return lambda x, t: ridge_value(potential, x, t, context)
     if isinstance(potential, DeepPotential):
         return lambda x, t: deep_value(potential, x, t, context)
+    if isinstance(potential, GroupedPotential):
+        return lambda x, t: grouped_value(potential, x, t, context)
+    if isinstance(potential, DeepConvolutionalPotential):
+        return lambda x, t: deep_convolutional_value(potential, x)
     if isinstance(potential, ConvolutionalPotential):
         return lambda x, t: convolutional_value(potential, x)
     if isinstance(potential, LatticePotential):

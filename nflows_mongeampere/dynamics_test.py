@@ -91,7 +91,8 @@ def test_pullback_is_that_of_autograd(name, whole):
 
     found, expected = pulled_back(type(dynamics)), pulled_back(Dynamics)
     learned = [e for e in expected[1:] if e is not None]
-    assert sum(bool((e != 1).any()) for e in learned) >= len(learned) - (not whole)
+    # up to three tensors serve the Laplacian alone
+    assert sum(bool((e != 1).any()) for e in learned) >= len(learned) - (0 if whole else 3)
     for ours, theirs in zip(found, expected, strict=True):
         assert (ours is None) == (theirs is None)
         if ours is not None:  # the gradients are added to what was there

@@ -66,6 +66,17 @@ def integer(name: str, value: object, *, minimum: int = 1) -> int:
     return number
 
 
+def divisor(name: str, value: object, whole_name: str, whole: int) -> int:
+    """Return ``value`` if it is an integer that divides ``whole``, another argument."""
+    part = integer(name, value)
+    if whole % part:
+        raise ValueError(
+            f"{name}: got {part}, expected a divisor of {whole_name}={whole}; "
+            f"use {whole_name}={part * (whole // part + 1)}"
+        )
+    return part
+
+
 def shape(name: str, value: object, dimensions: int | None = None) -> tuple[int, ...]:
     """Return ``value`` as a tuple if it is the shape of a tensor."""
     wanted = "integers" if dimensions is None else f"{dimensions} integers"

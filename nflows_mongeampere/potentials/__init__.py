@@ -4,6 +4,8 @@ from nflows_mongeampere.potentials.autograd import AutogradPotential
 from nflows_mongeampere.potentials.base import Potential
 from nflows_mongeampere.potentials.convolutional import ConvolutionalPotential
 from nflows_mongeampere.potentials.deep import DeepPotential
+from nflows_mongeampere.potentials.deep_convolutional import DeepConvolutionalPotential
+from nflows_mongeampere.potentials.grouped import GroupedPotential
 from nflows_mongeampere.potentials.lattice import LatticePotential
 from nflows_mongeampere.potentials.ridge import RidgePotential
 from nflows_mongeampere.potentials.symmetrized import SymmetrizedPotential
@@ -11,7 +13,9 @@ from nflows_mongeampere.potentials.symmetrized import SymmetrizedPotential
 __all__ = [
     "AutogradPotential",
     "ConvolutionalPotential",
+    "DeepConvolutionalPotential",
     "DeepPotential",
+    "GroupedPotential",
     "LatticePotential",
     "Potential",
     "RidgePotential",

@@ -12,7 +12,7 @@ from nflows_mongeampere import validation
 from nflows_mongeampere.dynamics import Dynamics, FieldDynamics, Time
 from nflows_mongeampere.potentials.activations import ACTIVATIONS
 from nflows_mongeampere.potentials.base import ClosedFormPotential
-from nflows_mongeampere.potentials.layers import Layer, Layers, LayersDynamics, at
+from nflows_mongeampere.potentials.layers import Layer, Layers, LayersDynamics, at, number_of_modes
 from nflows_mongeampere.potentials.ridges import start_from
 
 
@@ -25,7 +25,8 @@ class DeepPotential(ClosedFormPotential):
 
     With one layer it is a :class:`~nflows_mongeampere.RidgePotential` and its quadratic part. The
     Laplacian is carried through the layers, at D + 2 times the price of a value, for which it suits
-    data of few features (:class:`~nflows_mongeampere.potentials.layers.LayersDynamics`).
+    data of few features (:class:`~nflows_mongeampere.potentials.layers.LayersDynamics`). Where S
+    would have too many numbers, :math:`S = A^T \mathrm{diag}(q) A` has a rank.
 
     All amplitudes and S start at zero: a new flow is the identity map.
 
@@ -37,6 +38,7 @@ class DeepPotential(ClosedFormPotential):
         features: D, the number of entries of one event, whatever its shape.
         hidden_features: the units of each layer: a sequence of numbers, or one number for two
             layers of that width.
+        rank: r, the rank of S; None for any.
         context_features: width of the context :math:`c`, or None for none.
         time_dependent: whether the first layer moves in time (:math:`v \ne 0`), and the amplitudes
             :math:`a_l(t) = \sum_k a_{lk} \cos \pi k t` with k up to ``modes - 1``.
@@ -50,7 +52,8 @@ class DeepPotential(ClosedFormPotential):
         amplitude: a of all layers, one below the other, shape (units, modes).
         hidden_weights: K, a list of tensors.
         hidden_biases: d, a list of tensors.
-        quadratic: S before it is made symmetric, shape (D, D).
+        quadratic: S before it is made symmetric, shape (D, D); of a given rank A, shape (r, D).
+        stiffness: q, shape (r,), of a given rank, or None.
         drift: o, shape (D,).
         time_weight: v, shape (H,), or None.
         context_weight: V, shape (H, C), or None.
@@ -73,6 +76,7 @@ class DeepPotential(ClosedFormPotential):
         features: int,
         hidden_features: int | Sequence[int],
         *,
+        rank: int | None = None,
         context_features: int | None = None,
         time_dependent: bool = False,
         modes: int = 1,
@@ -84,16 +88,12 @@ class DeepPotential(ClosedFormPotential):
         self.hidden_features = [validation.integer("hidden_features", width) for width in widths]
         if not self.hidden_features:
             raise ValueError("hidden_features: got no layers, expected at least one width")
+        self.rank = rank if rank is None else validation.integer("rank", rank)
         if context_features is not None:
             context_features = validation.integer("context_features", context_features)
         self.context_features = context_features
         self.time_dependent = bool(time_dependent)
-        self.modes = validation.integer("modes", modes)
-        if self.modes > 1 and not self.time_dependent:
-            raise ValueError(
-                f"modes: got {modes}, expected 1, because amplitudes of a potential that does not "
-                "depend on time are constant; build it with time_dependent=True"
-            )
+        self.modes = number_of_modes(modes, self.time_dependent)
         self.activation = validation.choice("activation", activation, ACTIVATIONS)
         first, *deeper = self.hidden_features
         self.weight = nn.Parameter(torch.empty(first, self.features))
@@ -104,7 +104,8 @@ class DeepPotential(ClosedFormPotential):
         )
         self.hidden_biases = nn.ParameterList(torch.empty(width) for width in deeper)
         self.amplitude = nn.Parameter(torch.empty(sum(self.hidden_features), self.modes))
-        self.quadratic = nn.Parameter(torch.empty(self.features, self.features))
+        self.quadratic = nn.Parameter(torch.empty(self.rank or self.features, self.features))
+        self.stiffness = None if rank is None else nn.Parameter(torch.empty(len(self.quadratic)))
         self.drift = nn.Parameter(torch.empty(self.features))
         self.time_weight = nn.Parameter(torch.empty(first)) if self.time_dependent else None
         self.context_weight = (
@@ -114,8 +115,11 @@ class DeepPotential(ClosedFormPotential):
 
     def reset_parameters(self) -> None:
         """Draw the units anew, for standardised data; amplitudes of zero."""
-        for zero in (self.amplitude, self.quadratic, self.drift):
-            nn.init.zeros_(zero)
+        for zero in (self.amplitude, self.quadratic, self.drift, self.stiffness):
+            if zero is not None:
+                nn.init.zeros_(zero)
+        if self.stiffness is not None:
+            nn.init.normal_(self.quadratic, std=1 / math.sqrt(self.features))
         nn.init.normal_(self.weight, std=3 / math.sqrt(self.features))
         nn.init.normal_(self.bias, std=3)
         for weight, bias in zip(self.hidden_weights, self.hidden_biases, strict=True):
@@ -158,10 +162,16 @@ class DeepPotential(ClosedFormPotential):
         return Layers(
             [Layer(*parts) for parts in zip(weights, offsets, amplitudes, strict=True)],
             None if self.time_weight is None else self.time_weight[:, None],
-            (self.quadratic + self.quadratic.T) / 2,
+            self._symmetric(),
             self.drift,
             self.activation,
         )
+
+    def _symmetric(self) -> Tensor:
+        """The matrix S of the quadratic part."""
+        if self.stiffness is None:
+            return (self.quadratic + self.quadratic.T) / 2
+        return self.quadratic.T @ (self.stiffness[:, None] * self.quadratic)
 
     def _value(self, x: Tensor, t: Time | None, context: Tensor | None) -> Tensor:
         potential, points = self._layers(context), x.flatten(1).T

@@ -37,6 +37,17 @@ def test_a_new_flow_is_the_identity_and_can_learn():
     assert potential.drift.grad.any()
 
 
+def test_a_quadratic_part_of_low_rank_has_fewer_numbers_and_can_learn():
+    potential = DeepPotential(30, 4, rank=2).double()
+    assert potential.quadratic.shape == (2, 30)
+    assert potential.stiffness.shape == (2,)
+    x = torch.randn(5, 30, dtype=torch.float64)
+    z, logabsdet = MongeAmpereTransform(potential, steps=2)(x)
+    close(z, x, 0)
+    (z.square().sum() - logabsdet.sum()).backward()
+    assert potential.stiffness.grad.all()
+
+
 def test_one_layer_is_a_ridge_potential():
     potential = deep(3, [6], activation="softplus", time_dependent=True, context_features=2)
     ridge = RidgePotential(3, 6, time_dependent=True, context_features=2).double()
@@ -77,6 +88,7 @@ def test_the_quadratic_part_is_a_linear_map():
         ({"hidden_features": []}, ValueError),
         ({"hidden_features": [4, -1]}, ValueError),
         ({"hidden_features": 2.0}, TypeError),
+        ({"rank": 0}, ValueError),
         ({"context_features": 0}, ValueError),
         ({"modes": 0}, ValueError),
         ({"modes": 2}, ValueError),

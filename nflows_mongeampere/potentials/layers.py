@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nflows_mongeampere import validation
 from nflows_mongeampere.dynamics import Dynamics, Time, as_rows, start
 from nflows_mongeampere.potentials.activations import ACTIVATIONS, Activation
 
@@ -238,3 +239,14 @@ def basis(t: Time, amplitude: Tensor) -> Tensor:
     k = torch.arange(amplitude.shape[1], dtype=amplitude.dtype, device=amplitude.device)
     time = torch.as_tensor(t, dtype=amplitude.dtype, device=amplitude.device)
     return torch.cos(math.pi * k[:, None] * time)
+
+
+def number_of_modes(modes: object, time_dependent: bool) -> int:
+    """Return ``modes`` if so many functions of time make sense."""
+    number = validation.integer("modes", modes)
+    if number > 1 and not time_dependent:
+        raise ValueError(
+            f"modes: got {number}, expected 1, because amplitudes of a potential that does not "
+            "depend on time are constant; build it with time_dependent=True"
+        )
+    return number

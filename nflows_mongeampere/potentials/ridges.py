@@ -34,16 +34,22 @@ class Ridges(NamedTuple):
 
     def dynamics(self, inputs: Tensor, evaluations: int, costs: bool = False) -> Dynamics:
         """The equations of motion in x or in reduced coordinates, whichever is cheaper."""
-        hidden, features = self.weight.shape
-        # multiplications: G once, W x(0) and Wᵀ s(T), then G s, or W x and Wᵀ(a σ'), each time
-        reduced = 2 * hidden * features + evaluations * hidden * hidden
-        direct = evaluations * 2 * hidden * features
-        if not compiling():  # which is for batches of any size
-            reduced = hidden * hidden * features + inputs.shape[0] * reduced
-            direct = inputs.shape[0] * direct
         if costs:
             return ReducedCostDynamics(self, inputs)
-        return RidgeDynamics(self, inputs) if reduced > direct else ReducedDynamics(self, inputs)
+        reduced = reduces(self.weight, inputs, evaluations)
+        return ReducedDynamics(self, inputs) if reduced else RidgeDynamics(self, inputs)
+
+
+def reduces(weight: Tensor, inputs: Tensor, evaluations: int) -> bool:
+    """Whether a batch is followed faster in the coordinates of the rows of W than in x."""
+    hidden, features = weight.shape
+    # multiplications: G once, W x(0) and Wᵀ s(T), then G s, or W x and Wᵀ(a σ'), each time
+    reduced = 2 * hidden * features + evaluations * hidden * hidden
+    direct = evaluations * 2 * hidden * features
+    if not compiling():  # which is for batches of any size
+        reduced = hidden * hidden * features + inputs.shape[0] * reduced
+        direct = inputs.shape[0] * direct
+    return reduced <= direct
 
 
 class RidgeTensors(NamedTuple):
