@@ -37,7 +37,7 @@ from nflows_mongeampere import files, validation
 from nflows_mongeampere.accuracy import MAX_STEPS, AccuracyWarning
 from nflows_mongeampere.integration import IntegrationError
 from nflows_mongeampere.models import refined
-from nflows_mongeampere.potentials import Potential, RidgePotential
+from nflows_mongeampere.potentials import RidgePotential
 from nflows_mongeampere.tabular import Bounded, NormalMixture, SinhArcsinh, Table, whitening
 from nflows_mongeampere.transform import MongeAmpereTransform
 
@@ -55,9 +55,11 @@ PATIENCE = 8  # validations without a better one, after which the training ends
 MARGINALS = ("affine", "tails", "splines")
 
 
-def choose_potential(features: int, rows: int, hidden_features: int | None = None) -> Potential:
-    """The potential for a table of so many columns and rows."""
-    return RidgePotential(features, hidden_features or min(128, max(16, rows // 8)))
+def choose_flow(white: Tensor, hidden_features: int | None = None) -> Transform:
+    """The flow for a table with such rows, whitened."""
+    rows, features = white.shape
+    potential = RidgePotential(features, hidden_features or min(128, max(16, rows // 8)))
+    return MongeAmpereTransform(potential, steps=STEPS)
 
 
 def choose_members(rows: int) -> int:
@@ -161,9 +163,15 @@ class MongeAmpereDensity(DensityMixin, BaseEstimator):
         Warns:
             AccuracyWarning: where the solver does not reach the tolerance.
         """
+        return self._fit(X)
+
+    def _fit(self, X: ArrayLike, names: Sequence[str] | None = None) -> MongeAmpereDensity:
+        """Fit, with names for the columns of an array, which has none."""
         settings = self._settings()
         table: Array = validate_data(self, X, dtype=np.float64, ensure_min_samples=FEWEST_ROWS)
-        columns = self._describe_columns(table)
+        if names is None:
+            names = getattr(self, "feature_names_in_", [f"x{i}" for i in range(table.shape[1])])
+        columns = self._describe_columns(table, [str(name) for name in names])
         random = check_random_state(self.random_state)
         with _seeded(int(random.randint(2**31))), _Progress(self.verbose) as progress:
             fitted = _Fit(columns, settings, progress).run(table)
@@ -177,7 +185,7 @@ class MongeAmpereDensity(DensityMixin, BaseEstimator):
                 f"log-densities are off by about {fitted.solver_error:.2g} nats, more than "
                 f"tolerance={settings.tolerance:g}: raise weight_decay, or lower learning_rate",
                 AccuracyWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
         return self
 
@@ -235,12 +243,6 @@ class MongeAmpereDensity(DensityMixin, BaseEstimator):
         self.solver_error_ = told["solver_error"]
         return self
 
-    def _rename(self, names: Sequence[str]) -> None:
-        """Call columns that came without names by those of their file."""
-        pairs = zip(self.columns_, names, strict=True)
-        self.columns_ = [replace(column, name=name) for column, name in pairs]
-        self.model_.description = json.dumps(self._told())
-
     def _settings(self) -> _Settings:
         hidden, parts, most = self.hidden_features, self.components, self.max_iter
         held_out = validation.positive("validation_fraction", self.validation_fraction)
@@ -275,12 +277,8 @@ class MongeAmpereDensity(DensityMixin, BaseEstimator):
             "solver_error": self.solver_error_,
         }
 
-    def _describe_columns(self, table: Array) -> list[Column]:
+    def _describe_columns(self, table: Array, names: list[str]) -> list[Column]:
         """What each column holds, as declared or detected."""
-        count = table.shape[1]
-        names = [
-            str(n) for n in getattr(self, "feature_names_in_", map("x{}".format, range(count)))
-        ]
         still = [name for name, values in zip(names, table.T, strict=True) if np.ptp(values) == 0]
         if still:
             raise ValueError(
@@ -292,7 +290,7 @@ class MongeAmpereDensity(DensityMixin, BaseEstimator):
             whole = [bool((values == values.round()).all()) for values in table.T]
         else:
             declared = {_number("integers", column, names) for column in self.integers}
-            whole = [i in declared for i in range(count)]
+            whole = [i in declared for i in range(len(names))]
         columns = [Column(name, integer) for name, integer in zip(names, whole, strict=True)]
         if isinstance(self.bounds, str):
             validation.choice("bounds", self.bounds, ["auto"])
@@ -651,24 +649,24 @@ class _Fit:
             The layers with the weights that the held-out rows like best, the steps after which they
             had them, and the mean log-density of the held-out rows.
         """
-        settings, features = self.settings, taught.shape[1]
-        transform = MongeAmpereTransform(
-            choose_potential(features, len(taught), settings.hidden_features), steps=STEPS
-        )
-        layers.flow = transform.float()
+        settings = self.settings
+        with torch.no_grad():
+            white, _ = layers.white(self._noisy(taught))
+        layers.flow = choose_flow(white, settings.hidden_features).float()
         others = [p for name, p in layers.named_parameters() if not name.startswith("flow.")]
         rate = settings.learning_rate
         prior = 1.0 if len(taught) <= FEW_ROWS else 1000 / len(taught)
         optimizer = torch.optim.AdamW(
             [
                 {
-                    "params": [*transform.parameters()],
+                    "params": [*layers.flow.parameters()],
                     "weight_decay": settings.weight_decay * prior,
                 },
                 {"params": others, "weight_decay": 0.0},
             ],
             lr=rate,
         )
+        layers.eval()
         best, kept = self._mean(layers, judged), copy.deepcopy(layers.state_dict())
         reached, stale, limit = 0, 0, self._limit(len(taught))
         batch = min(len(taught), 512 if len(taught) > FEW_ROWS else 128)
@@ -679,6 +677,7 @@ class _Fit:
             for group, share in zip(optimizer.param_groups, (1.0, 0.1), strict=True):
                 group["lr"] = rate * factor * share
             x = self._noisy(taught[torch.randint(len(taught), (batch,))])
+            layers.train()
             try:
                 loss = -layers.log_prob(x).mean() + layers.bending() / len(taught)
             except (IntegrationError, ValueError):
@@ -690,8 +689,9 @@ class _Fit:
             nn.utils.clip_grad_norm_(layers.parameters(), 10.0)
             optimizer.step()
             if step % every == 0 or step == limit:
+                layers.eval()
                 self.progress.show(part, f"held out {best - np.log(self.unit).sum():.3f}")
-                if not self._guard(layers, transform, judged):
+                if not self._guard(layers, judged):
                     break
                 value = self._mean(layers, judged)
                 if value > best:
@@ -705,9 +705,9 @@ class _Fit:
         return layers, reached, best
 
     @torch.no_grad()
-    def _guard(self, layers: _Layers, transform: MongeAmpereTransform, rows: Tensor) -> bool:
+    def _guard(self, layers: _Layers, rows: Tensor) -> bool:
         """More steps where training lives off the solver's error; False where none will do."""
-        few = rows[:WATCHED_ROWS]
+        few, transforms = rows[:WATCHED_ROWS], _transforms_of(layers)
         while True:
             try:
                 error = _solver_error(layers, lambda: layers.log_prob(few))
@@ -715,9 +715,10 @@ class _Fit:
                 error = math.inf
             if error <= TRAINING_ERROR:
                 return True
-            if transform.steps >= MOST_STEPS:
+            steps = transforms[0].steps
+            if steps >= MOST_STEPS:
                 return False
-            transform.steps = min(MOST_STEPS, math.ceil(1.5 * transform.steps))
+            _set_steps(transforms, min(MOST_STEPS, math.ceil(1.5 * steps)))
 
     @torch.no_grad()
     def _mean(self, layers: _Layers, judged: Tensor) -> float:
@@ -744,18 +745,28 @@ class _Fit:
     @torch.no_grad()
     def _choose_steps(self, flow: Flow, judged: Tensor) -> float:
         """Set the steps of the solver by its error on held-out rows, and return that."""
-        (transform,) = (m for m in flow.modules() if isinstance(m, MongeAmpereTransform))
+        transforms, steps = _transforms_of(flow), 1
         few = judged[:WATCHED_ROWS].double()
         rows = torch.as_tensor(self.centre) + torch.as_tensor(self.unit) * few
-        transform.steps, error = 1, math.inf
         while True:
+            _set_steps(transforms, steps)
             try:
                 error = _solver_error(flow, lambda: flow.log_prob(rows))
             except IntegrationError:
                 error = math.inf
-            if error <= self.settings.tolerance or 2 * transform.steps > MAX_STEPS // 8:
+            if error <= self.settings.tolerance or 2 * steps > MAX_STEPS // 8:
                 return error
-            transform.steps *= 2
+            steps *= 2
+
+
+def _transforms_of(model: nn.Module) -> list[MongeAmpereTransform]:
+    return [m for m in model.modules() if isinstance(m, MongeAmpereTransform)]
+
+
+def _set_steps(transforms: Sequence[MongeAmpereTransform], steps: int) -> None:
+    """All flows of a model take as many steps."""
+    for transform in transforms:
+        transform.steps = steps
 
 
 def _solver_error(model: nn.Module, log_prob: Any) -> float:
