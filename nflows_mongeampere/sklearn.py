@@ -37,7 +37,7 @@ from nflows_mongeampere import files, validation
 from nflows_mongeampere.accuracy import MAX_STEPS, AccuracyWarning
 from nflows_mongeampere.integration import IntegrationError
 from nflows_mongeampere.models import refined
-from nflows_mongeampere.potentials import RidgePotential
+from nflows_mongeampere.potentials import Potential, RidgePotential
 from nflows_mongeampere.tabular import Bounded, NormalMixture, SinhArcsinh, Table, whitening
 from nflows_mongeampere.transform import MongeAmpereTransform
 
@@ -55,11 +55,9 @@ PATIENCE = 8  # validations without a better one, after which the training ends
 MARGINALS = ("affine", "tails", "splines")
 
 
-def choose_flow(white: Tensor, hidden_features: int | None = None) -> Transform:
-    """The flow for a table with such rows, whitened."""
-    rows, features = white.shape
-    potential = RidgePotential(features, hidden_features or min(128, max(16, rows // 8)))
-    return MongeAmpereTransform(potential, steps=STEPS)
+def choose_potential(features: int, rows: int, hidden_features: int | None = None) -> Potential:
+    """The potential for a table of so many columns and rows."""
+    return RidgePotential(features, hidden_features or min(128, max(16, rows // 8)))
 
 
 def choose_members(rows: int) -> int:
@@ -649,24 +647,24 @@ class _Fit:
             The layers with the weights that the held-out rows like best, the steps after which they
             had them, and the mean log-density of the held-out rows.
         """
-        settings = self.settings
-        with torch.no_grad():
-            white, _ = layers.white(self._noisy(taught))
-        layers.flow = choose_flow(white, settings.hidden_features).float()
+        settings, features = self.settings, taught.shape[1]
+        transform = MongeAmpereTransform(
+            choose_potential(features, len(taught), settings.hidden_features), steps=STEPS
+        )
+        layers.flow = transform.float()
         others = [p for name, p in layers.named_parameters() if not name.startswith("flow.")]
         rate = settings.learning_rate
         prior = 1.0 if len(taught) <= FEW_ROWS else 1000 / len(taught)
         optimizer = torch.optim.AdamW(
             [
                 {
-                    "params": [*layers.flow.parameters()],
+                    "params": [*transform.parameters()],
                     "weight_decay": settings.weight_decay * prior,
                 },
                 {"params": others, "weight_decay": 0.0},
             ],
             lr=rate,
         )
-        layers.eval()
         best, kept = self._mean(layers, judged), copy.deepcopy(layers.state_dict())
         reached, stale, limit = 0, 0, self._limit(len(taught))
         batch = min(len(taught), 512 if len(taught) > FEW_ROWS else 128)
@@ -677,7 +675,6 @@ class _Fit:
             for group, share in zip(optimizer.param_groups, (1.0, 0.1), strict=True):
                 group["lr"] = rate * factor * share
             x = self._noisy(taught[torch.randint(len(taught), (batch,))])
-            layers.train()
             try:
                 loss = -layers.log_prob(x).mean() + layers.bending() / len(taught)
             except (IntegrationError, ValueError):
@@ -689,9 +686,8 @@ class _Fit:
             nn.utils.clip_grad_norm_(layers.parameters(), 10.0)
             optimizer.step()
             if step % every == 0 or step == limit:
-                layers.eval()
                 self.progress.show(part, f"held out {best - np.log(self.unit).sum():.3f}")
-                if not self._guard(layers, judged):
+                if not self._guard(layers, transform, judged):
                     break
                 value = self._mean(layers, judged)
                 if value > best:
@@ -705,9 +701,9 @@ class _Fit:
         return layers, reached, best
 
     @torch.no_grad()
-    def _guard(self, layers: _Layers, rows: Tensor) -> bool:
+    def _guard(self, layers: _Layers, transform: MongeAmpereTransform, rows: Tensor) -> bool:
         """More steps where training lives off the solver's error; False where none will do."""
-        few, transforms = rows[:WATCHED_ROWS], _transforms_of(layers)
+        few = rows[:WATCHED_ROWS]
         while True:
             try:
                 error = _solver_error(layers, lambda: layers.log_prob(few))
@@ -715,10 +711,9 @@ class _Fit:
                 error = math.inf
             if error <= TRAINING_ERROR:
                 return True
-            steps = transforms[0].steps
-            if steps >= MOST_STEPS:
+            if transform.steps >= MOST_STEPS:
                 return False
-            _set_steps(transforms, min(MOST_STEPS, math.ceil(1.5 * steps)))
+            transform.steps = min(MOST_STEPS, math.ceil(1.5 * transform.steps))
 
     @torch.no_grad()
     def _mean(self, layers: _Layers, judged: Tensor) -> float:
@@ -745,28 +740,18 @@ class _Fit:
     @torch.no_grad()
     def _choose_steps(self, flow: Flow, judged: Tensor) -> float:
         """Set the steps of the solver by its error on held-out rows, and return that."""
-        transforms, steps = _transforms_of(flow), 1
+        (transform,) = (m for m in flow.modules() if isinstance(m, MongeAmpereTransform))
         few = judged[:WATCHED_ROWS].double()
         rows = torch.as_tensor(self.centre) + torch.as_tensor(self.unit) * few
+        transform.steps, error = 1, math.inf
         while True:
-            _set_steps(transforms, steps)
             try:
                 error = _solver_error(flow, lambda: flow.log_prob(rows))
             except IntegrationError:
                 error = math.inf
-            if error <= self.settings.tolerance or 2 * steps > MAX_STEPS // 8:
+            if error <= self.settings.tolerance or 2 * transform.steps > MAX_STEPS // 8:
                 return error
-            steps *= 2
-
-
-def _transforms_of(model: nn.Module) -> list[MongeAmpereTransform]:
-    return [m for m in model.modules() if isinstance(m, MongeAmpereTransform)]
-
-
-def _set_steps(transforms: Sequence[MongeAmpereTransform], steps: int) -> None:
-    """All flows of a model take as many steps."""
-    for transform in transforms:
-        transform.steps = steps
+            transform.steps *= 2
 
 
 def _solver_error(model: nn.Module, log_prob: Any) -> float:
