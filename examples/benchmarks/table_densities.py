@@ -19,7 +19,7 @@ Columns are rounded. A density of rounded numbers has no upper limit (a narrow e
 value wins), so that each value is first spread evenly over the smallest gap of its column, once and
 for all three.
 
-What is done is kept in results.json: an interrupted run is taken up again. table.md is the table.
+What is done is kept in results.json: an interrupted run is taken up again. Tables go to tables.md.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ Array = NDArray[np.float64]
 NORMALS = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 20)
 BANDWIDTHS = np.geomspace(0.03, 2, 15)
 CHOOSING, CENTRES, JUDGED = 4000, 20_000, 2000  # rows of the kernel density
+TITLES = ("Mean test log-density in nats, higher is better", "Paired differences in nats")
 DIAMONDS = ("carat", "depth", "table", "price", "x", "y", "z")
 WEATHER = ("temp", "dewp", "humid", "wind_dir", "wind_speed", "precip", "pressure", "visib")
 
@@ -175,8 +176,9 @@ def our_score(train: Array, test: Array) -> dict[str, Any]:
     }
 
 
+OURS = "Monge-Ampère"
 SCORES = {
-    "Monge-Ampère": our_score,
+    OURS: our_score,
     "Gaussian mixture, BIC": criterion_score,
     "Gaussian mixture, CV": validated_score,
     "kernel density, CV": kernel_score,
@@ -203,46 +205,45 @@ def cell(scores: Sequence[float]) -> str:
     return f"{mean} ± {statistics.stdev(scores) / math.sqrt(len(scores)):.2f}"
 
 
-def lines(results: dict[str, Any]) -> list[list[str]]:
-    """What was found, a line for each table below the names of the columns."""
-    ours, *others = SCORES
-    found = [
-        [
-            "table",
-            "rows × columns",
-            "splits",
-            *SCORES,
-            *(f"ours − {name}" for name in others),
-            "our seconds",
-            "our solver error",
-        ]
-    ]
-    for name, one in results.items():
-        rows, width = one["shape"]
-        runs = [*one["splits"].values()]
-        scores = {model: [run[model]["score"] for run in runs] for model in SCORES}
-        differences = [
-            cell([a - b for a, b in zip(scores[ours], scores[other], strict=True)])
-            for other in others
-        ]
-        found.append(
+def score_lines(results: dict[str, Any]) -> list[list[str]]:
+    """What the densities reach, a line for each table below the names of the columns."""
+    lines = [["table", "rows × columns", "splits", *SCORES, "our seconds", "our solver error"]]
+    for name, found in results.items():
+        rows, width = found["shape"]
+        runs = [*found["splits"].values()]
+        ours = [run[OURS] for run in runs]
+        lines.append(
             [
                 name,
                 f"{rows:,} × {width}",
                 str(len(runs)),
-                *map(cell, scores.values()),
-                *differences,
-                f"{max(run[ours]['seconds'] for run in runs):.0f}",
-                f"{max(run[ours]['solver_error'] for run in runs):.0e}",
+                *(cell([run[model]["score"] for run in runs]) for model in SCORES),
+                f"{max(run['seconds'] for run in ours):.0f}",
+                f"{max(run['solver_error'] for run in ours):.0e}",
             ]
         )
-    return found
+    return lines
 
 
-def markdown(found: list[list[str]]) -> str:
+def difference_lines(results: dict[str, Any]) -> list[list[str]]:
+    """By how much ours is likelier than each of the others on the same split."""
+    others = [name for name in SCORES if name != OURS]
+    lines = [["ours minus", *others]]
+    for name, found in results.items():
+        runs = found["splits"].values()
+        lines.append(
+            [
+                name,
+                *(cell([r[OURS]["score"] - r[other]["score"] for r in runs]) for other in others),
+            ]
+        )
+    return lines
+
+
+def markdown(lines: list[list[str]]) -> str:
     """The lines as a table of Markdown."""
-    head, *rest = (f"| {' | '.join(line)} |" for line in found)
-    return "\n".join([head, "|---|" + "---:|" * (len(found[0]) - 1), *rest]) + "\n"
+    head, *rest = (f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join([head, "|---|" + "---:|" * (len(lines[0]) - 1), *rest]) + "\n"
 
 
 def main(
@@ -284,12 +285,13 @@ def main(
                         tables=results,
                     )
                 progress.advance(task)
-    head, *rest = lines(results)
-    shown = Table(*head, title="Mean test log-density in nats, higher is better")
-    for line in rest:
-        shown.add_row(*line)
-    console.print(shown)
-    write(out / "table.md", markdown([head, *rest]))
+    tables = score_lines(results), difference_lines(results)
+    for (head, *rest), title in zip(tables, TITLES, strict=True):
+        shown = Table(*head, title=title)
+        for line in rest:
+            shown.add_row(*line)
+        console.print(shown)
+    write(out / "tables.md", "\n".join(map(markdown, tables)))
 
 
 if __name__ == "__main__":
