@@ -41,9 +41,10 @@ mutants: $(READY) ## break the equations of motion line by line and see the test
 	OMP_NUM_THREADS=1 $(BIN)/mutmut run --max-children 1
 	$(BIN)/mutmut results
 
-lint: $(READY) ## check style
+lint: $(READY) ## check style and dependencies
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/deptry nflows_mongeampere
 
 types: $(READY) ## check types
 	$(BIN)/mypy

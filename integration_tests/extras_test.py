@@ -41,11 +41,10 @@ def imports_of(file):
 
 NEEDED = modules_of(PROJECT["dependencies"])
 EXTRA = modules_of(PROJECT["optional-dependencies"]["examples"]) - NEEDED
-MAY_MISS = EXTRA - {"scipy"}  # which torchdyn brings
 SCRIPTS = [
-    pytest.param(file, sorted(imports_of(file) & MAY_MISS), id=file.stem)
+    pytest.param(file, sorted(imports_of(file) & EXTRA), id=file.stem)
     for file in FILES
-    if '__name__ == "__main__"' in file.read_text() and imports_of(file) & MAY_MISS
+    if '__name__ == "__main__"' in file.read_text() and imports_of(file) & EXTRA
 ]
 
 

@@ -88,8 +88,7 @@ def fit(
         if bounds:
             ends = dict(map(_ends, bounds))
             keywords["bounds"] = {names.index(n): ends[n] for n in _named([*ends], names)}
-        density = MongeAmpereDensity(**keywords, verbose=sys.stderr.isatty()).fit(rows)
-        density._rename(names)
+        density = MongeAmpereDensity(**keywords, verbose=sys.stderr.isatty())._fit(rows, names)
         density.save(out)
     for column in density.columns_:
         kind = "integers" if column.integer else "numbers"

@@ -21,6 +21,7 @@ from torch import nn
 
 from nflows_mongeampere import potentials, validation
 from nflows_mongeampere.atomic import write as write  # for those who write beside a flow
+from nflows_mongeampere.coupling import MongeAmpereCouplingTransform
 from nflows_mongeampere.flow import MongeAmpereFlow, Noise
 from nflows_mongeampere.groups import Group
 from nflows_mongeampere.lattices import LatticeFlow
@@ -206,6 +207,30 @@ def _conditional_normal(d: Any) -> Arguments:
     return {"shape": list(d._shape), "context_encoder": d._context_encoder}
 
 
+def _coupling(t: MongeAmpereCouplingTransform) -> Arguments:
+    moving = set(t.transform_features.tolist())
+    return {
+        "mask": [int(i in moving) for i in range(t.features)],
+        "network": t.transform_net.network,
+        "transform": t.transform,
+        "unconditional": t.unconditional_transform,
+    }
+
+
+def _build_coupling(
+    mask: list[int],
+    network: nn.Module,
+    transform: MongeAmpereTransform,
+    unconditional: nn.Module | None,
+) -> MongeAmpereCouplingTransform:
+    return MongeAmpereCouplingTransform(
+        mask,
+        lambda *_: network,
+        unconditional_transform=None if unconditional is None else lambda **_: unconditional,
+        **transform.arguments(),
+    )
+
+
 def _embedding(m: nn.Embedding) -> Arguments:
     names = ("num_embeddings", "embedding_dim", "padding_idx", "max_norm", "norm_type")
     return {name: getattr(m, name) for name in names}
@@ -237,6 +262,7 @@ KNOWN: dict[str, tuple[type, Callable[[Any], Arguments]]] = {
     cls.__name__: (cls, arguments)
     for cls, arguments in (
         *((ours, lambda p: p.arguments()) for ours in OURS),
+        (MongeAmpereCouplingTransform, _coupling),
         (Noise, lambda d: {"shape": list(d._shape)}),
         (flows.Flow, _flow),
         (distributions.StandardNormal, lambda d: {"shape": list(d._shape)}),
@@ -258,6 +284,7 @@ KNOWN: dict[str, tuple[type, Callable[[Any], Arguments]]] = {
         (nn.Linear, _linear),
         (nn.Embedding, _embedding),
         (nn.Sequential, lambda m: {"modules": list(m)}),
+        (nn.Dropout, lambda m: {"p": m.p}),
         (nn.Softplus, lambda m: {"beta": m.beta, "threshold": m.threshold}),
         (nn.ReLU, lambda m: {}),
         (nn.SiLU, lambda m: {}),
@@ -268,6 +295,7 @@ KNOWN: dict[str, tuple[type, Callable[[Any], Arguments]]] = {
 # Where the values come with the tensors, only the shape has to be right.
 _CONSTRUCTORS: dict[str, Callable[..., Any]] = {
     "Group": Group.generated_by,
+    "MongeAmpereCouplingTransform": _build_coupling,
     "PointwiseAffineTransform": lambda shape, scale: transforms.PointwiseAffineTransform(
         torch.zeros(shape), torch.ones(scale)
     ),

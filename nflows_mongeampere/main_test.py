@@ -76,12 +76,12 @@ GOOD = [[0.1 * i, i % 4, 0.01 * i] for i in range(1, 30)]
         ([*GOOD, [1.0, "NA", 0.5]], [], "line 31: no value for count"),
         ([*GOOD, [1.0, "red", 0.5]], [], "line 31: got 'red' for count, expected a number"),
         ([*GOOD, [1.0, 2]], [], "line 31: got 2 values, expected 3"),
-        ([[a, 5, c] for a, _, c in GOOD], [], "columns x1 are constant"),
+        ([[a, 5, c] for a, _, c in GOOD], [], "columns count are constant"),
         (GOOD[:5], [], "minimum of 10 is required"),
         ([], [], "got no rows of numbers"),
         (GOOD, ["--columns", "size"], "there is no column 'size'"),
         (GOOD, ["--bounds", "share"], "--bounds: got 'share', expected a column and its ends"),
-        (GOOD, ["--bounds", "share=0:0.1"], "bounds: got"),
+        (GOOD, ["--bounds", "share=0:0.1"], "for share, whose values are"),
     ],
 )
 def test_errors_say_what_to_do(rows, options, message, tmp_path):

@@ -161,9 +161,15 @@ class MongeAmpereDensity(DensityMixin, BaseEstimator):
         Warns:
             AccuracyWarning: where the solver does not reach the tolerance.
         """
+        return self._fit(X)
+
+    def _fit(self, X: ArrayLike, names: Sequence[str] | None = None) -> MongeAmpereDensity:
+        """Fit, with names for the columns of an array, which has none."""
         settings = self._settings()
         table: Array = validate_data(self, X, dtype=np.float64, ensure_min_samples=FEWEST_ROWS)
-        columns = self._describe_columns(table)
+        if names is None:
+            names = getattr(self, "feature_names_in_", [f"x{i}" for i in range(table.shape[1])])
+        columns = self._describe_columns(table, [str(name) for name in names])
         random = check_random_state(self.random_state)
         with _seeded(int(random.randint(2**31))), _Progress(self.verbose) as progress:
             fitted = _Fit(columns, settings, progress).run(table)
@@ -177,7 +183,7 @@ class MongeAmpereDensity(DensityMixin, BaseEstimator):
                 f"log-densities are off by about {fitted.solver_error:.2g} nats, more than "
                 f"tolerance={settings.tolerance:g}: raise weight_decay, or lower learning_rate",
                 AccuracyWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
         return self
 
@@ -235,12 +241,6 @@ class MongeAmpereDensity(DensityMixin, BaseEstimator):
         self.solver_error_ = told["solver_error"]
         return self
 
-    def _rename(self, names: Sequence[str]) -> None:
-        """Call columns that came without names by those of their file."""
-        pairs = zip(self.columns_, names, strict=True)
-        self.columns_ = [replace(column, name=name) for column, name in pairs]
-        self.model_.description = json.dumps(self._told())
-
     def _settings(self) -> _Settings:
         hidden, parts, most = self.hidden_features, self.components, self.max_iter
         held_out = validation.positive("validation_fraction", self.validation_fraction)
@@ -275,12 +275,8 @@ class MongeAmpereDensity(DensityMixin, BaseEstimator):
             "solver_error": self.solver_error_,
         }
 
-    def _describe_columns(self, table: Array) -> list[Column]:
+    def _describe_columns(self, table: Array, names: list[str]) -> list[Column]:
         """What each column holds, as declared or detected."""
-        count = table.shape[1]
-        names = [
-            str(n) for n in getattr(self, "feature_names_in_", map("x{}".format, range(count)))
-        ]
         still = [name for name, values in zip(names, table.T, strict=True) if np.ptp(values) == 0]
         if still:
             raise ValueError(
@@ -292,7 +288,7 @@ class MongeAmpereDensity(DensityMixin, BaseEstimator):
             whole = [bool((values == values.round()).all()) for values in table.T]
         else:
             declared = {_number("integers", column, names) for column in self.integers}
-            whole = [i in declared for i in range(count)]
+            whole = [i in declared for i in range(len(names))]
         columns = [Column(name, integer) for name, integer in zip(names, whole, strict=True)]
         if isinstance(self.bounds, str):
             validation.choice("bounds", self.bounds, ["auto"])

@@ -9,6 +9,9 @@ from latex2mathml.converter import convert
 
 INLINE = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.DOTALL)
 BLOCK = re.compile(r'<div class="arithmatex">\\\[(.*?)\\\]</div>', re.DOTALL)
+CAPITAL = re.compile(r"<mi>(&#x003(?:9[1-9A-F]|A[0-9]);)</mi>")
+NAME = re.compile(r"(<mi>[a-z]{2,}</mi>)(?=<m(?:i|n|frac|sub|sup)\b)")
+ORDINARY = re.compile(r'<mo(?: stretchy="false")?>(&#x000(?:7C|2F);)</mo>')
 PRIMED = re.compile(r"<msup>(<mi>[^<]*</mi>)<mi>(&#x0203[2-4];)</mi></msup>")
 
 
@@ -20,5 +23,9 @@ def on_page_content(content: str, **_: object) -> str:
 
 def _mathml(found: re.Match[str], display: str) -> str:
     mathml: str = convert(html.unescape(found[1]).strip(), display=display)
+    # as TeX sets them: upright capitals, a thin space after names of functions, none around | and /
+    mathml = CAPITAL.sub(r'<mi mathvariant="normal">\1</mi>', mathml)
+    mathml = NAME.sub(r'\1<mspace width="0.17em"/>', mathml)
+    mathml = ORDINARY.sub(r'<mo stretchy="false" lspace="0" rspace="0">\1</mo>', mathml)
     # a prime is raised already: fonts without mathematics make it too small as a superscript
     return PRIMED.sub(r"<mrow>\1<mo>\2</mo></mrow>", mathml)

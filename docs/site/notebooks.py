@@ -43,5 +43,7 @@ def _run(page: File) -> dict[str, str | bytes]:
     template = {"output_files_dir": ".", "unique_key": stem}
     text, resources = MarkdownExporter().from_notebook_node(notebook, template)
     pictures = {f"notebooks/{path}": data for path, data in resources["outputs"].items()}
-    text += f"\n\n[This page as an executed notebook]({stem}.ipynb)\n"
+    title, opening, rest = text.split("\n\n", 2)
+    link = f"[Download this page as a notebook]({stem}.ipynb){{ download={stem}.ipynb }}"
+    text = f"{title}\n\n{opening}\n\n{link}\n\n{rest}"
     return {f"{name}.md": text, f"{name}.ipynb": nbformat.writes(notebook), **pictures}

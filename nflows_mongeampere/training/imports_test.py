@@ -25,7 +25,7 @@ def loaded(statement: str) -> set[str]:
     ],
 )
 def test_nothing_heavy_is_loaded_before_it_is_used(statement):
-    heavy = {"matplotlib", "nflows.flows", "normflows", "pytorch_lightning"}
+    heavy = {"matplotlib", "nflows.flows", "normflows", "pandas", "pytorch_lightning", "sklearn"}
     assert not heavy & loaded(statement)
 
 
