@@ -20,6 +20,7 @@ from nflows_mongeampere import (
     DeepPotential,
     LatticePotential,
     MongeAmpereTransform,
+    PixelwisePotential,
     Potential,
     RidgePotential,
     SymmetrizedPotential,
@@ -99,6 +100,16 @@ def _deep(features: int, hidden: int | list[int], **keywords: Any) -> Callable[[
     return build
 
 
+def _pixelwise(shape: tuple[int, ...], hidden: int, **keywords: Any) -> Callable[[str], Potential]:
+    def build(activation: str) -> Potential:
+        potential = PixelwisePotential(shape, hidden, activation=activation, **keywords)
+        for parameter in potential.parameters():
+            nn.init.normal_(parameter, std=0.3)
+        return potential
+
+    return build
+
+
 # With these batches few ridges in many dimensions move in reduced coordinates, the others in x.
 POTENTIALS = {
     "reduced": Example(_ridge(6, 2), (6,)),
@@ -114,6 +125,7 @@ POTENTIALS = {
     "deep-everything": Example(
         _deep(4, [5, 4], context_features=2, time_dependent=True, modes=2), (1, 2, 2), 2
     ),
+    "pixelwise": Example(_pixelwise((1, 2, 2), 2, context_channels=1), (1, 2, 2), 4),
     "symmetrized": Example(
         lambda a: SymmetrizedPotential(RidgePotential(4, 2, activation=a), translations((2, 2))),
         (2, 2),

@@ -5,6 +5,7 @@ from nflows_mongeampere.potentials.base import Potential
 from nflows_mongeampere.potentials.convolutional import ConvolutionalPotential
 from nflows_mongeampere.potentials.deep import DeepPotential
 from nflows_mongeampere.potentials.lattice import LatticePotential
+from nflows_mongeampere.potentials.pixelwise import PixelwisePotential
 from nflows_mongeampere.potentials.ridge import RidgePotential
 from nflows_mongeampere.potentials.symmetrized import SymmetrizedPotential
 
@@ -13,6 +14,7 @@ __all__ = [
     "ConvolutionalPotential",
     "DeepPotential",
     "LatticePotential",
+    "PixelwisePotential",
     "Potential",
     "RidgePotential",
     "SymmetrizedPotential",

@@ -1,0 +1,263 @@
+"""Pixelwise potentials: one potential of a few channels at every pixel, in a context of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nflows_mongeampere import validation
+from nflows_mongeampere.dynamics import (
+    Dynamics,
+    Field,
+    FieldDynamics,
+    Time,
+    as_rows,
+    start,
+)
+from nflows_mongeampere.potentials.activations import ACTIVATIONS, Activation
+from nflows_mongeampere.potentials.base import ClosedFormPotential
+
+
+class PixelwisePotential(ClosedFormPotential):
+    r"""Ridges and a parabola at every pixel, whose coefficients are linear in the pixel's context.
+
+    .. math:: u(x; c) = \sum_i \Bigl[ \tfrac12 s_i \|x_i\|^2 + m_i \cdot x_i
+              + \sum_{j=1}^{H} a_{ij}\, \sigma(w_j \cdot x_i + b_{ij}) \Bigr]
+
+    where :math:`i` runs over the pixels, :math:`x_i` are the C channels of one, and
+
+    .. math:: a_i = A c_i + a, \qquad b_i = V c_i + b, \qquad m_i = M c_i + m, \qquad
+              s_i = S \cdot c_i + s
+
+    depend on its context :math:`c_i`, one number for each of E maps. Pixels do not act on each
+    other: a convolutional network that sees what is known already, such as other pixels or a
+    coarser image, says through the context how each one moves
+    (:class:`~nflows_mongeampere.MongeAmpereCouplingTransform`). The parabola alone is an affine
+    coupling; ridges make the density of a pixel skew, sharp at an edge, or double. The Laplacian is
+    :math:`\sum_i [C s_i + \sum_j a_{ij} \|w_j\|^2 \sigma''(h_{ij})]`.
+
+    Amplitudes, drift and scale start at zero: a new flow is the identity map.
+
+    Args:
+        shape: (C, height, width) of one image; events may have this shape or be flattened.
+        hidden_features: H, the number of ridges at each pixel.
+        context_channels: E, the number of maps of the context, or None for the same potential at
+            every pixel. A row of context has the shape (E, height, width), flattened.
+        activation: ``"logcosh"``, :math:`\ln \cosh h`, or ``"softplus"``, :math:`\ln(1 + e^h)`.
+
+    Attributes:
+        weight: w, shape (H, C).
+        bias: b, shape (H,).
+        amplitude: a, shape (H,).
+        drift: m, shape (C,).
+        scale: s, shape ().
+        context_weight: V, A, M and S one below the other, shape (2 H + C + 1, E), or None.
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit.
+
+    Example:
+        >>> import torch
+        >>> potential = PixelwisePotential((1, 4, 4), 8, context_channels=3)
+        >>> x, context = torch.randn(5, 1, 4, 4), torch.randn(5, 3 * 4 * 4)
+        >>> potential(x, context=context).shape, potential.laplacian(x, context=context).shape
+        (torch.Size([5]), torch.Size([5]))
+    """
+
+    features: int
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        hidden_features: int,
+        *,
+        context_channels: int | None = None,
+        activation: str = "logcosh",
+    ) -> None:
+        super().__init__()
+        self.shape = channels, height, width = validation.shape("shape", shape, 3)
+        self.hidden_features = hidden = validation.integer("hidden_features", hidden_features)
+        self.features = channels * height * width
+        if context_channels is not None:
+            context_channels = validation.integer("context_channels", context_channels)
+            self.context_features = context_channels * height * width
+        self.context_channels = context_channels
+        self.activation = validation.choice("activation", activation, ACTIVATIONS)
+        self.weight = nn.Parameter(torch.empty(hidden, channels))
+        self.bias = nn.Parameter(torch.empty(hidden))
+        self.amplitude = nn.Parameter(torch.empty(hidden))
+        self.drift = nn.Parameter(torch.empty(channels))
+        self.scale = nn.Parameter(torch.empty(()))
+        self.context_weight = (
+            None
+            if context_channels is None
+            else nn.Parameter(torch.empty(2 * hidden + channels + 1, context_channels))
+        )
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the ridges anew: unit vectors on average, all else zero but what moves offsets."""
+        nn.init.normal_(self.weight, std=1 / math.sqrt(self.shape[0]))
+        nn.init.normal_(self.bias)
+        for number in (self.amplitude, self.drift, self.scale):
+            nn.init.zeros_(number)
+        if self.context_weight is not None:
+            nn.init.zeros_(self.context_weight)
+            offsets = self.context_weight[: self.hidden_features]
+            nn.init.normal_(offsets, std=1 / math.sqrt(offsets.shape[1]))
+
+    def dynamics(
+        self, inputs: Tensor, context: Tensor | None, evaluations: int, costs: bool = False
+    ) -> Dynamics:
+        if costs:
+            field: Field = self._gradient_and_laplacian
+            return FieldDynamics(field, inputs, context, self, costs)
+        return PixelwiseDynamics(self, inputs, context)
+
+    def coefficients(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Offsets b_i, amplitudes a_i, drifts m_i and scales s_i.
+
+        Shapes (H, P·B), (H, P·B), (C, P·B) and (1, P·B) for P pixels, or with a single column
+        where there is no context.
+        """
+        constants = (self.bias, self.amplitude, self.drift, self.scale[None])
+        total = torch.cat(constants)[:, None]
+        if self.context_weight is not None and context is not None:
+            maps = context.T.reshape(self.context_weight.shape[1], -1)
+            total = torch.addmm(total, self.context_weight, maps)
+        return total.split([len(constant) for constant in constants])  # type: ignore[return-value]
+
+    def _value(self, x: Tensor, t: Time | None, context: Tensor | None) -> Tensor:
+        offset, amplitude, drift, scale = self.coefficients(context)
+        points = x.flatten(1).T.reshape(self.shape[0], -1)
+        sigma = ACTIVATIONS[self.activation].value(torch.addmm(offset, self.weight, points))
+        parabola = 0.5 * scale * points.square().sum(0) + (drift * points).sum(0)
+        return (parabola + (amplitude * sigma).sum(0)).view(-1, len(x)).sum(0)
+
+
+class PixelwiseTensors(NamedTuple):
+    """What the equations of motion are made of; N is the number of pixels of the batch, or 1.
+
+    Attributes:
+        weight: w, shape (H, C).
+        lengths: the squared lengths of its rows, shape (1, H).
+        offset: b, shape (H, N).
+        amplitude: a, shape (H, N).
+        drift: m, shape (C, N).
+        scale: s, shape (1, N).
+    """
+
+    weight: Tensor
+    lengths: Tensor
+    offset: Tensor
+    amplitude: Tensor
+    drift: Tensor
+    scale: Tensor
+
+
+class PixelwiseDynamics(Dynamics):
+    r"""The equations of motion of pixels that do not see each other: the state is [x; ℓ].
+
+    .. math:: \dot x_i = W^T (a_i \odot \sigma'(h_i)) + s_i x_i + m_i, \qquad
+              \dot\ell = \sum_i \bigl[ r \cdot (a_i \odot \sigma''(h_i)) + C s_i \bigr],
+              \qquad h_i = W x_i + b_i.
+
+    The Jacobian's product with an adjoint :math:`[\lambda; \lambda_\ell]` is
+    :math:`W^T g_i + s_i \lambda_i` with :math:`g_i = a_i \odot (\sigma''(h_i) \odot W \lambda_i
+    + \sigma^{(3)}(h_i) \odot r\, \lambda_\ell)`.
+    """
+
+    by_hand = True
+    tensors: PixelwiseTensors
+
+    def __init__(
+        self, potential: PixelwisePotential, inputs: Tensor, context: Tensor | None
+    ) -> None:
+        self._activation: Activation = ACTIVATIONS[potential.activation]
+        self._event_shape, self._channels = inputs.shape[1:], potential.shape[0]
+        self.coordinates = potential.features
+        self.state = start(inputs, 1)
+        weight = potential.weight
+        self.tensors = PixelwiseTensors(
+            weight, weight.square().sum(1)[None], *potential.coefficients(context)
+        )
+
+    def rate(self, t: Time, state: Tensor) -> Tensor:
+        return self._evaluate(state)[0]
+
+    def stage(self, t: Time, state: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return self._evaluate(state, in_place=True)
+
+    def _evaluate(
+        self, state: Tensor, in_place: bool = False
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        weight, lengths, offset, amplitude, drift, scale = self.tensors
+        x, batch = self._pixels(state[: self.coordinates]), state.shape[1]
+        h = torch.addmm(offset, weight, x)
+        p = self._activation.first(h, out=h if in_place else None)
+        velocity = torch.addcmul(drift, scale, x) + weight.T @ (amplitude * p)
+        bend = lengths @ (amplitude * self._activation.second(p)) + self._channels * scale
+        laplacian = bend.view(-1, batch).sum(0, keepdim=True)
+        return torch.cat([velocity.view(self.coordinates, batch), laplacian]), (x, p)
+
+    def pullback(
+        self,
+        t: Time,
+        kept: tuple[Tensor, ...],
+        adjoint: Tensor,
+        gradients: list[Tensor | None],
+    ) -> Tensor:
+        x, p = kept
+        weight, lengths, _, amplitude, _, scale = self.tensors
+        of_x = self._pixels(adjoint[: self.coordinates])
+        of_l = adjoint[self.coordinates :]
+        force = weight @ of_x
+        d_weight, d_lengths, d_offset, d_amplitude, d_drift, d_scale = gradients
+        if d_weight is not None:
+            d_weight.addmm_(amplitude * p, of_x.T)
+        if d_amplitude is not None:
+            _add(d_amplitude, force * p)
+        if d_drift is not None:
+            _add(d_drift, of_x)
+        if d_scale is not None:
+            _add(d_scale, (of_x * x).sum(0, keepdim=True))
+        force.mul_(amplitude)
+        bend = None
+        if len(of_l):
+            # the same for all pixels of an image
+            of_l = of_l.expand(x.shape[1] // of_l.shape[1], -1).reshape(1, -1)
+            bend = (amplitude * of_l).mul_(lengths.T)
+        g, second = self._activation.pull_back(p, force, bend)
+        if len(of_l):
+            if d_lengths is not None:
+                d_lengths.add_(((amplitude * second) @ of_l.T).T)
+            if d_amplitude is not None:
+                _add(d_amplitude, second.mul_(of_l).mul_(lengths.T))
+            if d_scale is not None:
+                _add(d_scale, self._channels * of_l)
+        if d_weight is not None:
+            d_weight.addmm_(g, x.T)
+        if d_offset is not None:
+            _add(d_offset, g)
+        back = (weight.T @ g).addcmul_(scale, of_x)
+        return back.view(self.coordinates, -1)
+
+    def points(self, state: Tensor) -> Tensor:
+        return as_rows(state[: self.coordinates], self._event_shape)
+
+    def _pixels(self, columns: Tensor) -> Tensor:
+        """Columns of images, (C·P, B), as those of pixels, (C, P·B)."""
+        return columns.reshape(self._channels, -1)
+
+
+def _add(gradient: Tensor, columns: Tensor) -> None:
+    """Add the gradient of each pixel to its own, or to one for all."""
+    if gradient.shape[1] == columns.shape[1]:
+        gradient.add_(columns)
+    else:
+        gradient.add_(columns.sum(1, keepdim=True))
