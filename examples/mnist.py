@@ -48,8 +48,8 @@ from nflows_mongeampere.convergence import converged
 from nflows_mongeampere.examples.images import (
     Images,
     Marginals,
-    NormalQuantile,
     Pixels,
+    Quantile,
     dequantise,
     load_mnist,
     to_logits,
@@ -57,6 +57,7 @@ from nflows_mongeampere.examples.images import (
     whitening,
 )
 from nflows_mongeampere.examples.pictures import draw_rows, mosaic, save_figure
+from nflows_mongeampere.examples.pyramids import AsImages, GreyLevels, pyramid
 from nflows_mongeampere.examples.runs import (
     one_line_errors,
     open_folder,
@@ -153,13 +154,31 @@ def couplings(levels: Tensor) -> list[Transform]:
     return layers
 
 
-def stacked(levels: Tensor) -> list[Transform]:
+def convolutional(levels: Tensor) -> list[Transform]:
     """Marginals made normal, then potentials of neighbouring pixels, then a linear transform."""
-    before = [Pixels(MARGIN), Marginals(levels, LEVELS), NormalQuantile()]
+    before = [Pixels(MARGIN), Marginals(levels, LEVELS), Quantile()]
     flows = [
         MongeAmpereTransform(ConvolutionalPotential((1, SIDE, SIDE), 16), steps=2) for _ in range(2)
     ]
     return [*before, *flows, whitening(images_through(before, levels))]
+
+
+def multiscale(width: int, blocks: int, ridges: int, maps: int, levels: Tensor) -> list[Transform]:
+    """From fine to coarse, pixels flow in what networks say of coarser ones."""
+    # ink apart from paper, and black apart from grey: clusters, which a smooth flow tells apart
+    kinds = [(levels == 0), (levels > 0) & (levels < 252), (levels >= 252)]
+    weights = [kind.double().mean().item() for kind in kinds]
+    before = [Marginals(levels, LEVELS, shared=True), Quantile(weights, [-3.0, 0.0, 3.0])]
+    scales = pyramid(
+        SIDE,
+        GreyLevels(before, LEVELS),
+        width=width,
+        blocks=blocks,
+        ridges=ridges,
+        maps=maps,
+        steps=3,
+    )
+    return [Pixels(MARGIN), *before, AsImages((1, SIDE, SIDE)), scales]
 
 
 def realnvp() -> Transform:
@@ -205,7 +224,11 @@ PRESETS = {
     "coupling": Preset(
         couplings, 4e-3, batch_size=200, interval=200, solver_tolerance=1.5, linear_rate=0.02
     ),
-    "stacked": Preset(stacked, 2e-2, interval=200, linear_rate=0.02, solver_tolerance=2.0),
+    "convolutional": Preset(
+        convolutional, 2e-2, interval=200, linear_rate=0.02, solver_tolerance=2.0
+    ),
+    "stacked": Preset(partial(multiscale, 48, 2, 16, 16), 3e-3, interval=200, solver_tolerance=1.0),
+    "deep": Preset(partial(multiscale, 64, 4, 16, 24), 2e-3, interval=500, solver_tolerance=1.0),
     "realnvp": Preset(partial(behind_whitening, realnvp), 5e-4, linear_rate=0.1),
     "maf": Preset(partial(behind_whitening, maf), 5e-4, linear_rate=0.1),
     "spline": Preset(partial(behind_whitening, spline), 5e-4, linear_rate=0.1),

@@ -258,7 +258,7 @@ def test_marginals_are_the_histogram_of_the_data(levels):
 
 @pytest.mark.parametrize("name", ["Pixels", "NormalQuantile"])
 def test_elementwise_transforms_have_the_slopes_of_autograd(name):
-    transform = images.Pixels(1e-6) if name == "Pixels" else images.NormalQuantile()
+    transform = images.Pixels(1e-6) if name == "Pixels" else images.Quantile()
     x = torch.linspace(-4, 4, 60, dtype=torch.float64).view(5, 12)
     if name == "NormalQuantile":
         x = x / 9 + 0.5
@@ -273,7 +273,7 @@ def test_elementwise_transforms_have_the_slopes_of_autograd(name):
 
 def test_normal_quantiles_are_those_of_torch():
     x = torch.rand(20, 3, dtype=torch.float64)
-    y, _ = images.NormalQuantile()(x)
+    y, _ = images.Quantile()(x)
     torch.testing.assert_close(torch.distributions.Normal(0, 1).cdf(y), x)
 
 

@@ -288,6 +288,10 @@ def pixelwise_value(potential: PixelwisePotential, x: Tensor, context: Tensor | 
             coefficients = coefficients + maps @ potential.context_weight.T
         offset, amplitude = coefficients[:, :3], coefficients[:, 3:6]
         drift, scale = coefficients[:, 6 : 6 + channels], coefficients[:, -1]
+        lengths = potential.weight.square().sum(1)
+        bound = (lengths * amplitude.abs()).sum(1) + scale.abs()
+        damping = potential.stiffness / (potential.stiffness + bound)
+        amplitude, scale = amplitude * damping[:, None], scale * damping
         value = value + scale * pixel.square().sum(1) / 2 + (drift * pixel).sum(1)
         for ridge in range(3):
             h = pixel @ potential.weight[ridge] + offset[:, ridge]

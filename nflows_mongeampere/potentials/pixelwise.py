@@ -23,22 +23,28 @@ from nflows_mongeampere.potentials.base import ClosedFormPotential
 
 
 class PixelwisePotential(ClosedFormPotential):
-    r"""Ridges and a parabola at every pixel, whose coefficients are linear in the pixel's context.
+    r"""Ridges and a parabola at every pixel, whose coefficients depend on the pixel's context.
 
     .. math:: u(x; c) = \sum_i \Bigl[ \tfrac12 s_i \|x_i\|^2 + m_i \cdot x_i
-              + \sum_{j=1}^{H} a_{ij}\, \sigma(w_j \cdot x_i + b_{ij}) \Bigr]
+              + \sum_{j=1}^{H} a_{ij}\, \sigma(h_{ij}) \Bigr], \qquad
+              h_{ij} = w_j \cdot x_i + b_{ij}
 
-    where :math:`i` runs over the pixels, :math:`x_i` are the C channels of one, and
+    where :math:`i` runs over the pixels and :math:`x_i` are the C channels of one. Its context
+    :math:`c_i`, one number from each of E maps, gives the coefficients of a pixel,
 
-    .. math:: a_i = A c_i + a, \qquad b_i = V c_i + b, \qquad m_i = M c_i + m, \qquad
-              s_i = S \cdot c_i + s
+    .. math:: b_i = V c_i + b, \qquad m_i = M c_i + m, \qquad
+              (a_i, s_i) = \frac{(\hat a_i, \hat s_i)}
+              {1 + (\sum_j |\hat a_{ij}| \|w_j\|^2 + |\hat s_i|) / \Lambda}, \qquad
+              \hat a_i = A c_i + a, \qquad \hat s_i = S \cdot c_i + s.
 
-    depend on its context :math:`c_i`, one number for each of E maps. Pixels do not act on each
-    other: a convolutional network that sees what is known already, such as other pixels or a
-    coarser image, says through the context how each one moves
-    (:class:`~nflows_mongeampere.MongeAmpereCouplingTransform`). The parabola alone is an affine
-    coupling; ridges make the density of a pixel skew, sharp at an edge, or double. The Laplacian is
+    No curvature of u exceeds :math:`\Lambda`: amplitudes that a network draws would else grow
+    until the solver no longer follows. The Laplacian is
     :math:`\sum_i [C s_i + \sum_j a_{ij} \|w_j\|^2 \sigma''(h_{ij})]`.
+
+    Pixels do not act on each other: a network that sees what is known already, such as other pixels
+    or a coarser image, says through the context how each one moves
+    (:class:`~nflows_mongeampere.MongeAmpereCouplingTransform`). The parabola alone is an affine
+    coupling; ridges make the density of a pixel skew, or put it into two places.
 
     Amplitudes, drift and scale start at zero: a new flow is the identity map.
 
@@ -48,13 +54,15 @@ class PixelwisePotential(ClosedFormPotential):
         context_channels: E, the number of maps of the context, or None for the same potential at
             every pixel. A row of context has the shape (E, height, width), flattened.
         activation: ``"logcosh"``, :math:`\ln \cosh h`, or ``"softplus"``, :math:`\ln(1 + e^h)`.
+        stiffness: :math:`\Lambda`, the bound of the curvature, in units of 1 / time. A solver of
+            Runge and Kutta follows it well in steps of about 4 / :math:`\Lambda`.
 
     Attributes:
         weight: w, shape (H, C).
         bias: b, shape (H,).
-        amplitude: a, shape (H,).
+        amplitude: :math:`\hat a` where the context is zero, shape (H,).
         drift: m, shape (C,).
-        scale: s, shape ().
+        scale: :math:`\hat s` where the context is zero, shape ().
         context_weight: V, A, M and S one below the other, shape (2 H + C + 1, E), or None.
 
     Raises:
@@ -77,6 +85,7 @@ class PixelwisePotential(ClosedFormPotential):
         *,
         context_channels: int | None = None,
         activation: str = "logcosh",
+        stiffness: float = 10.0,
     ) -> None:
         super().__init__()
         self.shape = channels, height, width = validation.shape("shape", shape, 3)
@@ -87,6 +96,7 @@ class PixelwisePotential(ClosedFormPotential):
             self.context_features = context_channels * height * width
         self.context_channels = context_channels
         self.activation = validation.choice("activation", activation, ACTIVATIONS)
+        self.stiffness = validation.positive("stiffness", stiffness)
         self.weight = nn.Parameter(torch.empty(hidden, channels))
         self.bias = nn.Parameter(torch.empty(hidden))
         self.amplitude = nn.Parameter(torch.empty(hidden))
@@ -111,6 +121,40 @@ class PixelwisePotential(ClosedFormPotential):
             offsets = self.context_weight[: self.hidden_features]
             nn.init.normal_(offsets, std=1 / math.sqrt(offsets.shape[1]))
 
+    @torch.no_grad()
+    def initialize(self, data: Tensor, *, sharpness: float = 3.0) -> None:
+        r"""Draw the ridges anew to suit data; all else stays as it is.
+
+        Rows lie along the channels in turn, ``sharpness`` / s.d. of the data long, and bend at
+        places that are spread evenly over the range of their channel.
+
+        Args:
+            data: images as the potential will meet them, shape (N, ...).
+            sharpness: how much sharper than the data ridges start.
+
+        Raises:
+            TypeError, ValueError: for arguments that do not fit.
+        """
+        validation.batch("data", data, self.weight)
+        if data.shape[1:].numel() != self.features:
+            raise ValueError(
+                f"data: got shape {tuple(data.shape)}, expected rows of {self.features} features"
+            )
+        channels = data.reshape(len(data), self.shape[0], -1).movedim(1, 0).flatten(1)
+        low, high, spread = channels.amin(1), channels.amax(1), channels.std(1)
+        if not bool((high > low).all()):
+            raise ValueError(
+                f"data: got the same number at all pixels of channel "
+                f"{int((high > low).int().argmin())}, expected channels that vary"
+            )
+        number = torch.arange(self.hidden_features, device=data.device)
+        channel, turn = number % self.shape[0], number // self.shape[0]
+        share = (turn + 0.5) / math.ceil(self.hidden_features / self.shape[0])
+        slope = validation.positive("sharpness", sharpness) / spread[channel]
+        self.weight.zero_()
+        self.weight[number, channel] = slope
+        self.bias.copy_(-slope * (low[channel] + share * (high - low)[channel]))
+
     def dynamics(
         self, inputs: Tensor, context: Tensor | None, evaluations: int, costs: bool = False
     ) -> Dynamics:
@@ -130,7 +174,11 @@ class PixelwisePotential(ClosedFormPotential):
         if self.context_weight is not None and context is not None:
             maps = context.T.reshape(self.context_weight.shape[1], -1)
             total = torch.addmm(total, self.context_weight, maps)
-        return total.split([len(constant) for constant in constants])  # type: ignore[return-value]
+        sizes = [len(constant) for constant in constants]
+        offset, amplitude, drift, scale = total.split(sizes)
+        lengths = self.weight.square().sum(1)[None]
+        damping = 1 + (lengths @ amplitude.abs() + scale.abs()) / self.stiffness
+        return offset, amplitude / damping, drift, scale / damping
 
     def _value(self, x: Tensor, t: Time | None, context: Tensor | None) -> Tensor:
         offset, amplitude, drift, scale = self.coefficients(context)
@@ -193,9 +241,7 @@ class PixelwiseDynamics(Dynamics):
     def stage(self, t: Time, state: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         return self._evaluate(state, in_place=True)
 
-    def _evaluate(
-        self, state: Tensor, in_place: bool = False
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _evaluate(self, state: Tensor, in_place: bool = False) -> tuple[Tensor, tuple[Tensor, ...]]:
         weight, lengths, offset, amplitude, drift, scale = self.tensors
         x, batch = self._pixels(state[: self.coordinates]), state.shape[1]
         h = torch.addmm(offset, weight, x)
