@@ -16,7 +16,7 @@ MaybeTensor = TypeVar("MaybeTensor", Tensor, "Tensor | None")
 
 def compiling() -> bool:
     """Whether a compiler, an exporter or a tracer is at work, which sees sizes and no numbers."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return torch.compiler.is_compiling() or torch._C._is_tracing()
 
 
 def transformed(*tensors: Tensor | None) -> bool:

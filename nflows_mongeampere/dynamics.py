@@ -278,5 +278,4 @@ def start(inputs: Tensor, integrals: int) -> Tensor:
 
 def as_rows(columns: Tensor, event_shape: torch.Size) -> Tensor:
     """Points that are columns, (D, B), in the shape (B, ...) of a batch of events, contiguous."""
-    rows: Tensor = columns.T.contiguous().unflatten(1, event_shape)
-    return rows
+    return columns.T.contiguous().view(columns.shape[1], *event_shape)

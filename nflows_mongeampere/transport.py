@@ -18,7 +18,7 @@ from nflows_mongeampere import accuracy, validation
 from nflows_mongeampere.accuracy import AccuracyWarning, ErrorEstimate, StepChoice
 from nflows_mongeampere.configured import Configured
 from nflows_mongeampere.costs import recorders_of, unrecorded
-from nflows_mongeampere.differentiation import full_precision, ordinary
+from nflows_mongeampere.differentiation import compiling, full_precision, ordinary
 from nflows_mongeampere.dynamics import ScoredDynamics
 from nflows_mongeampere.integration import Integrator, Solve
 from nflows_mongeampere.integration.defects import Slopes
@@ -319,7 +319,7 @@ class Transport(Configured, nn.Module):
         self, name: str, inputs: Tensor, context: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Check a batch; where autocast has halved it, in the precision of the parameters."""
-        if torch.is_autocast_enabled(getattr(inputs, "device", torch.device("cpu")).type):
+        if isinstance(inputs, Tensor) and torch.is_autocast_enabled(inputs.device.type):
             inputs = self._refine(inputs)
             context = None if context is None else self._refine(context)
         return self.potential.accept(name, inputs, context)
@@ -342,7 +342,9 @@ class Transport(Configured, nn.Module):
             else:
                 solve = Solve(integrator, dynamics, times, self.time)
                 states = solve.run()
-                self._slopes = solve.slopes()
+                if not compiling():
+                    # beside nn.Module, which looks at every attribute that is set
+                    object.__setattr__(self, "_slopes", solve.slopes())
             for recorder in recorders:
                 sign = 1 if times[-1] > times[0] else -1
                 recorder.add(*(sign * cost for cost in dynamics.costs(states[-1])))

@@ -24,7 +24,7 @@ class ImplicitEuler(Method):
     """
 
     solver = torchdyn.ImplicitEuler
-    order = 1
+    order, implicit = 1, True
 
     def __init__(self, solver: Any) -> None:
         self._solver = solver

@@ -189,7 +189,7 @@ class Solve:
     times: Sequence[float]
     duration: float
     _rates: list[Tensor] = field(default_factory=list, repr=False)
-    _lengths: list[float] = field(default_factory=list, repr=False)
+    _steps: list[tuple[float, float]] = field(default_factory=list, repr=False)
 
     @property
     def method(self) -> Method:
@@ -218,15 +218,16 @@ class Solve:
 
     def slopes(self) -> Slopes:
         """The rates of the log-determinant that the last run has met."""
-        return Slopes(self._rates, self._lengths, self.method.order)
+        return Slopes(self._rates, [abs(dt) for _, dt in self._steps], self.method.order)
 
     def has_gradient_by_hand(self) -> bool:
         """Whether gradients are wanted that nothing else has to see through."""
+        if not torch.is_grad_enabled():
+            return False
         wanted = [t for t in (self.dynamics.state, *self.dynamics.tensors) if t is not None]
         recompute = self.integrator.sensitivity == "recompute"
         return (
-            torch.is_grad_enabled()
-            and any(t.requires_grad for t in wanted)
+            any(t.requires_grad for t in wanted)
             and self.method.reversible
             and (self.dynamics.by_hand or recompute)
             and not compiling()
@@ -235,15 +236,15 @@ class Solve:
 
     def check_visible(self) -> None:
         """Raise where a compiler or transform is at work and cannot see through this solve."""
-        settings, tensors = self.integrator, (self.dynamics.state, *self.dynamics.tensors)
-        looks = self.method.adaptive or isinstance(self.method, ImplicitEuler)
-        if looks and (compiling() or vectorized(*tensors)):
+        settings, method = self.integrator, self.method
+        tensors = (self.dynamics.state, *self.dynamics.tensors)
+        if (method.adaptive or method.implicit) and (compiling() or vectorized(*tensors)):
             raise NotImplementedError(
                 f"solver: got {settings.solver!r}, whose steps depend on the numbers in a batch, "
                 "which torch.compile, torch.export, torch.jit.trace and torch.func.vmap do not "
                 "see; use a fixed-step solver such as 'rk4'"
             )
-        if isinstance(self.method, ImplicitEuler) and transformed(*tensors):
+        if method.implicit and transformed(*tensors):
             raise NotImplementedError(
                 f"solver: got {settings.solver!r}, whose root torch.func and forward-mode "
                 "differentiation cannot see through; use an explicit solver such as 'rk4'"
@@ -277,8 +278,8 @@ class Solve:
             seen = torch.is_grad_enabled() or compiling()
             seen = seen or transformed(state, *self.dynamics.tensors)
             rate = self.evaluate if by_hand and not seen else self.dynamics.rate
-        self._rates, self._lengths = [], []
         path, y = Path(), self.method.begin(rate, self.times[0], state)
+        self._rates, self._steps = [], path.steps
         advance = self._adaptive if self.method.adaptive else self._fixed
         for start, stop in itertools.pairwise(self.times):
             y = advance(rate, y, start, stop, path)
@@ -287,15 +288,13 @@ class Solve:
         return path
 
     def _fixed(self, rate: Rate, y: Tensor, start: float, stop: float, path: Path) -> Tensor:
+        row, compared = self.dynamics.coordinates, self.integrator.evaluations > 1
         for t, t_next in itertools.pairwise(self.grid(start, stop)):
             path.steps.append((t, t_next - t))
             path.before.append(y)
             y, slopes = self.method.step(rate, t, t_next - t, y)
-            if not torch.compiler.is_compiling():
-                self._lengths.append(abs(t_next - t))
-                row = self.dynamics.coordinates
-                if slopes:  # a copy, which does not keep the slopes alive
-                    self._rates.append(torch.stack([slope[row] for slope in slopes]).detach())
+            if slopes and compared:  # a copy, which does not keep the slopes alive
+                self._rates.append(torch.stack([slope[row] for slope in slopes]).detach())
         return y
 
     def grid(self, start: float, stop: float) -> list[float]:

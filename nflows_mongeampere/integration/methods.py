@@ -29,6 +29,7 @@ class Method(ABC):
         evaluations: of the rate in one step.
         reversible: whether :meth:`step_back` carries adjoints.
         augmented: whether its own state holds more than that of the equations of motion.
+        implicit: whether a step solves an equation, whose gradient is for backward() alone.
     """
 
     order: int
@@ -36,6 +37,7 @@ class Method(ABC):
     evaluations: int = 1
     reversible: bool = False
     augmented: bool = False
+    implicit: bool = False
 
     @abstractmethod
     def step(
@@ -137,13 +139,15 @@ class RungeKutta(Method):
         products: list[Tensor] = [adjoint] * stages
         for i in reversed(range(stages)):
             at_stage = adjoint * (dt * self.b[i])
+            coordinates = at_stage[:moving]
             for j in range(i + 1, stages):
                 if self.a[j][i]:
-                    at_stage[:moving].add_(products[j], alpha=dt * self.a[j][i])
+                    coordinates.add_(products[j], alpha=dt * self.a[j][i])
             products[i] = pullback(at_stage)
         before = adjoint.clone()
+        coordinates = before[:moving]
         for product in products:
-            before[:moving].add_(product)
+            coordinates.add_(product)
         return before
 
 

@@ -16,7 +16,12 @@ class Activation(ABC):
     The higher derivatives are functions of the first, so that one transcendental function serves
     all that the flow needs. Where nothing has to differentiate them, results are written to
     ``out``, because fresh memory costs more than the arithmetic.
+
+    Attributes:
+        rise: r in :math:`\sigma''' = (r - 2p)\, \sigma''`, with :math:`p = \sigma'`.
     """
+
+    rise: float
 
     @abstractmethod
     def value(self, h: Tensor) -> Tensor:
@@ -30,11 +35,13 @@ class Activation(ABC):
     def second(self, p: Tensor, out: Tensor | None = None) -> Tensor:
         r""":math:`\sigma''`, as a function of :math:`p`."""
 
-    @abstractmethod
-    def steepness(self, p: Tensor, out: Tensor | None = None) -> Tensor:
+    def steepness(self, p: Tensor) -> Tensor:
         r""":math:`\sigma''' / \sigma''`, as a function of :math:`p`."""
+        return torch.rsub(p, self.rise, alpha=2)
 
-    def pull_back(self, p: Tensor, force: Tensor, bend: Tensor | None) -> tuple[Tensor, Tensor]:
+    def pull_back(
+        self, p: Tensor, force: Tensor, bend: Tensor | None, second: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         r"""The adjoint of h, from those of the first and of the second derivative.
 
         .. math:: g = \sigma^{(2)} \odot force + \sigma^{(3)} \odot bend
@@ -43,13 +50,16 @@ class Activation(ABC):
             p: the first derivative.
             force: its adjoint, written over.
             bend: the adjoint of the second derivative, or None where it is zero.
+            second: room for the second derivative.
 
         Returns:
             g and the second derivative.
         """
-        second = self.second(p)
+        second = self.second(p, second)
         if bend is not None:
-            force.addcmul_(bend, self.steepness(p))
+            if self.rise:
+                force.add_(bend, alpha=self.rise)
+            force.addcmul_(bend, p, value=-2)
         return force.mul_(second), second
 
     def third(self, p: Tensor) -> Tensor:
@@ -64,6 +74,8 @@ class Activation(ABC):
 class Softplus(Activation):
     r""":math:`\ln(1 + e^h)`: :math:`p = 1/(1 + e^{-h})`, :math:`\sigma'' = p - p^2`."""
 
+    rise = 1.0
+
     def value(self, h: Tensor) -> Tensor:
         # F.softplus is linear beyond a threshold, 2e-9 off the function; this one is not
         return -F.logsigmoid(-h)
@@ -74,9 +86,6 @@ class Softplus(Activation):
     def second(self, p: Tensor, out: Tensor | None = None) -> Tensor:
         return torch.addcmul(p, p, p, value=-1, out=out)
 
-    def steepness(self, p: Tensor, out: Tensor | None = None) -> Tensor:
-        return torch.sub(p.new_ones(()), p, alpha=2, out=out)
-
     def fourth(self, p: Tensor) -> Tensor:
         second = self.second(p)
         return second * (1 - 6 * second)
@@ -84,6 +93,8 @@ class Softplus(Activation):
 
 class LogCosh(Activation):
     r""":math:`\ln \cosh h`, even in h: :math:`p = \tanh h`, :math:`\sigma'' = 1 - p^2`."""
+
+    rise = 0.0
 
     def value(self, h: Tensor) -> Tensor:
         return -F.logsigmoid(-2 * h) - h - math.log(2)
@@ -93,9 +104,6 @@ class LogCosh(Activation):
 
     def second(self, p: Tensor, out: Tensor | None = None) -> Tensor:
         return torch.addcmul(p.new_ones(()), p, p, value=-1, out=out)
-
-    def steepness(self, p: Tensor, out: Tensor | None = None) -> Tensor:
-        return torch.mul(p, -2, out=out)
 
     def fourth(self, p: Tensor) -> Tensor:
         second = self.second(p)

@@ -192,12 +192,9 @@ class ConvolutionalDynamics(Dynamics):
         for number, line in enumerate(lines):
             torch.mm(lines.rows, line.seen[1], out=lines.products)
             p = activation.first(lines.h.full.add_(line.bias), out=lines.h.full)
-            activation.second(p, out=second)
             torch.mul(projected, line.amplitude, out=g)
-            if len(of_l):
-                activation.steepness(p, out=lines.push).mul_(of_l[0])
-                g.addcmul_(lines.push, line.bend)
-            g.mul_(second)
+            bend = torch.mul(line.bend, of_l[0], out=lines.push) if len(of_l) else None
+            activation.pull_back(p, g, bend, second)
             line.pushed.addmm_(lines.transposed, lines.g.flat)
             if d_curvature is not None and len(of_l):
                 d_curvature[number].addmv_(lines.second.flat, of_l[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -112,8 +113,7 @@ class RidgeDynamics(Dynamics):
         h = rows.T @ x if moved is None else torch.addmm(moved, rows.T, x)
         h = h if speed is None else h + speed * t
         p = self._activation.first(h, out=h if in_place else None)
-        velocity, laplacian = push @ p, curvature @ self._activation.second(p)
-        return torch.cat([velocity, laplacian]), (x, p)
+        return torch.cat([push @ p, curvature @ self._activation.second(p)]), (x, p)
 
     def pullback(
         self,
@@ -125,8 +125,10 @@ class RidgeDynamics(Dynamics):
         x, p = kept
         rows, push, curvature, _, _ = self.tensors
         of_x, of_l = adjoint[: self.coordinates], adjoint[self.coordinates :]
-        bend = curvature.T * of_l if len(of_l) else None
-        g, second = self._activation.pull_back(p, push.T @ of_x, bend)
+        force, bend, second = self._room
+        torch.mm(push.T, of_x, out=force)
+        bent = torch.mul(curvature.T, of_l, out=bend) if len(of_l) else None
+        g = self._activation.pull_back(p, force, bent, second)[0]
         d_rows, d_push, d_curvature, d_moved, d_speed = gradients
         if d_rows is not None:
             d_rows.addmm_(x, g.T)
@@ -142,6 +144,10 @@ class RidgeDynamics(Dynamics):
 
     def points(self, state: Tensor) -> Tensor:
         return as_rows(state[: self._features], self._event_shape)
+
+    @cached_property
+    def _room(self) -> tuple[Tensor, ...]:
+        return room(self.state, self.tensors.rows.shape[1])
 
 
 class ReducedTensors(NamedTuple):
@@ -227,8 +233,10 @@ class ReducedDynamics(Dynamics):
         s, p = kept
         gram, _, amplitude, curvature, _ = self.tensors
         of_s, of_l = adjoint[: self.coordinates], adjoint[self.coordinates :]
-        bend = curvature.T * of_l if len(of_l) else None
-        g, second = self._activation.pull_back(p, amplitude * of_s, bend)
+        force, bend, second = self._room
+        torch.mul(amplitude, of_s, out=force)
+        bent = torch.mul(curvature.T, of_l, out=bend) if len(of_l) else None
+        g = self._activation.pull_back(p, force, bent, second)[0]
         d_gram, d_origin, d_amplitude, d_curvature, d_speed = gradients
         if d_gram is not None:
             d_gram.addmm_(g, s.T)
@@ -245,6 +253,10 @@ class ReducedDynamics(Dynamics):
     def points(self, state: Tensor) -> Tensor:
         displacement = state[: len(self._weight)].T @ self._weight
         return (self._inputs + displacement.view_as(self._inputs)).contiguous()
+
+    @cached_property
+    def _room(self) -> tuple[Tensor, ...]:
+        return room(self.state, self.coordinates)
 
 
 class ReducedCostDynamics(ReducedDynamics):
@@ -295,6 +307,11 @@ class ReducedCostDynamics(ReducedDynamics):
         gradients: list[Tensor | None],
     ) -> Tensor:
         return Dynamics.pullback(self, t, kept, adjoint, gradients)
+
+
+def room(state: Tensor, ridges: int) -> tuple[Tensor, ...]:
+    """Room for what a pullback makes of each ridge and point: three numbers."""
+    return state.new_empty(3, ridges, state.shape[1]).unbind()
 
 
 @torch.no_grad()
