@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -236,20 +237,21 @@ class PixelwiseDynamics(Dynamics):
         )
 
     def rate(self, t: Time, state: Tensor) -> Tensor:
-        return self._evaluate(state)[0]
-
-    def stage(self, t: Time, state: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return self._evaluate(state, in_place=True)
-
-    def _evaluate(self, state: Tensor, in_place: bool = False) -> tuple[Tensor, tuple[Tensor, ...]]:
         weight, lengths, offset, amplitude, drift, scale = self.tensors
-        x, batch = self._pixels(state[: self.coordinates]), state.shape[1]
-        h = torch.addmm(offset, weight, x)
-        p = self._activation.first(h, out=h if in_place else None)
+        x = self._pixels(state)
+        p = self._activation.first(torch.addmm(offset, weight, x))
         velocity = torch.addcmul(drift, scale, x) + weight.T @ (amplitude * p)
         bend = lengths @ (amplitude * self._activation.second(p)) + self._channels * scale
-        laplacian = bend.view(-1, batch).sum(0, keepdim=True)
-        return torch.cat([velocity.view(self.coordinates, batch), laplacian]), (x, p)
+        return self._columns(velocity, bend, state.shape[1])
+
+    def stage(self, t: Time, state: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        weight, lengths, offset, amplitude, drift, scale = self.tensors
+        x, (h, second, _, _) = self._pixels(state), self._room
+        p = self._activation.first(torch.addmm(offset, weight, x, out=h), out=h)
+        self._activation.second(p, out=second)
+        velocity = torch.addcmul(drift, scale, x).addmm_(weight.T, p.mul_(amplitude))
+        bend = torch.addmm(self._channels * scale, lengths, second.mul_(amplitude))
+        return self._columns(velocity, bend, state.shape[1]), (x,)
 
     def pullback(
         self,
@@ -258,52 +260,62 @@ class PixelwiseDynamics(Dynamics):
         adjoint: Tensor,
         gradients: list[Tensor | None],
     ) -> Tensor:
-        x, p = kept
-        weight, lengths, _, amplitude, _, scale = self.tensors
-        of_x = self._pixels(adjoint[: self.coordinates])
-        of_l = adjoint[self.coordinates :]
-        force = weight @ of_x
+        (x,), activation = kept, self._activation
+        weight, lengths, offset, amplitude, _, scale = self.tensors
         d_weight, d_lengths, d_offset, d_amplitude, d_drift, d_scale = gradients
-        if d_weight is not None:
-            d_weight.addmm_(amplitude * p, of_x.T)
+        of_x, of_l = self._pixels(adjoint), adjoint[self.coordinates :]
+        h, second, force, bend = self._room
+        p = activation.first(torch.addmm(offset, weight, x, out=h), out=h)
+        torch.mm(weight, of_x, out=force)
         if d_amplitude is not None:
-            _add(d_amplitude, force * p)
+            _add(d_amplitude, force, p)
+        bent = None
+        if len(of_l):
+            # the same for all pixels of an image
+            of_l = of_l.expand(x.shape[1] // of_l.shape[1], -1).reshape(1, -1)
+            bent = torch.mul(lengths.T, of_l, out=bend)
+            if d_scale is not None:
+                _add(d_scale, of_l, of_l.new_full((1, 1), self._channels))
+        activation.pull_back(p, force, bent, second)
+        if bent is not None and d_amplitude is not None:
+            _add(d_amplitude, bent, second)
+        if len(of_l) and d_lengths is not None:
+            d_lengths.addmm_(of_l, second.mul_(amplitude).T)
+        g = force.mul_(amplitude)
+        if d_offset is not None:
+            _add(d_offset, g)
+        if d_weight is not None:
+            d_weight.addmm_(p.mul_(amplitude), of_x.T).addmm_(g, x.T)
         if d_drift is not None:
             _add(d_drift, of_x)
         if d_scale is not None:
             _add(d_scale, (of_x * x).sum(0, keepdim=True))
-        force.mul_(amplitude)
-        bend = None
-        if len(of_l):
-            # the same for all pixels of an image
-            of_l = of_l.expand(x.shape[1] // of_l.shape[1], -1).reshape(1, -1)
-            bend = (amplitude * of_l).mul_(lengths.T)
-        g, second = self._activation.pull_back(p, force, bend)
-        if len(of_l):
-            if d_lengths is not None:
-                d_lengths.add_(((amplitude * second) @ of_l.T).T)
-            if d_amplitude is not None:
-                _add(d_amplitude, second.mul_(of_l).mul_(lengths.T))
-            if d_scale is not None:
-                _add(d_scale, self._channels * of_l)
-        if d_weight is not None:
-            d_weight.addmm_(g, x.T)
-        if d_offset is not None:
-            _add(d_offset, g)
-        back = (weight.T @ g).addcmul_(scale, of_x)
+        back = torch.mul(scale, of_x).addmm_(weight.T, g)
         return back.view(self.coordinates, -1)
 
     def points(self, state: Tensor) -> Tensor:
         return as_rows(state[: self.coordinates], self._event_shape)
 
     def _pixels(self, columns: Tensor) -> Tensor:
-        """Columns of images, (C·P, B), as those of pixels, (C, P·B)."""
-        return columns.reshape(self._channels, -1)
+        """The coordinates of images that are columns as those of pixels, shape (C, P·B)."""
+        return columns[: self.coordinates].reshape(self._channels, -1)
+
+    def _columns(self, velocity: Tensor, bend: Tensor, batch: int) -> Tensor:
+        """What pixels do as what their images do, with the bends of a column added up."""
+        laplacian = bend.expand(-1, velocity.shape[1]).reshape(-1, batch).sum(0, keepdim=True)
+        return torch.cat([velocity.reshape(self.coordinates, batch), laplacian])
+
+    @cached_property
+    def _room(self) -> tuple[Tensor, ...]:
+        """Room for what an evaluation makes of each ridge and pixel and does not keep."""
+        pixels = self.coordinates // self._channels * self.state.shape[1]
+        return self.state.new_empty(4, len(self.tensors.weight), pixels).unbind()
 
 
-def _add(gradient: Tensor, columns: Tensor) -> None:
-    """Add the gradient of each pixel to its own, or to one for all."""
-    if gradient.shape[1] == columns.shape[1]:
-        gradient.add_(columns)
+def _add(gradient: Tensor, factor: Tensor, other: Tensor | None = None) -> None:
+    """Add products for each pixel to its own gradient, or to one that all share."""
+    if gradient.shape[1] == factor.shape[1]:
+        gradient.add_(factor) if other is None else gradient.addcmul_(factor, other)
     else:
-        gradient.add_(columns.sum(1, keepdim=True))
+        product = factor if other is None else factor * other
+        gradient.add_(product.sum(1, keepdim=True))
