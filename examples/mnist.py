@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import matplotlib.pyplot as plt
+import normflows
 import numpy as np
 import torch
 import typer
@@ -57,7 +58,7 @@ from nflows_mongeampere.examples.images import (
     whitening,
 )
 from nflows_mongeampere.examples.pictures import draw_rows, mosaic, save_figure
-from nflows_mongeampere.examples.pyramids import AsImages, GreyLevels, pyramid
+from nflows_mongeampere.examples.pyramids import AsImages, FromNormflows, GreyLevels, pyramid
 from nflows_mongeampere.examples.runs import (
     one_line_errors,
     open_folder,
@@ -209,6 +210,22 @@ def spline() -> Transform:
     return CompositeTransform(layers)
 
 
+def whitened_spline(levels: Tensor) -> list[Transform]:
+    """Marginals made normal, a linear transform that whitens them, then splines."""
+    before = [Pixels(MARGIN), Marginals(levels, LEVELS), Quantile()]
+    return [*before, whitening(images_through(before, levels)), spline()]
+
+
+def glow(levels: Tensor) -> list[Transform]:
+    """Marginals made normal, then blocks of Glow on images squeezed once and twice."""
+    before = [Pixels(MARGIN), Marginals(levels, LEVELS), Quantile()]
+    flows: list[normflows.flows.Flow] = []
+    for channels in (16, 4):  # from noise to data
+        flows += [normflows.flows.GlowBlock(channels, 64, scale_map="exp") for _ in range(6)]
+        flows.append(normflows.flows.Squeeze())
+    return [*before, AsImages((1, SIDE, SIDE)), FromNormflows(flows, (16, 7, 7))]
+
+
 PRESETS = {
     "paper": Preset(
         paper, 1e-3, interval=500, weight_decay=1e-3, anneal=False, clip=None, solver_tolerance=5.0
@@ -229,6 +246,8 @@ PRESETS = {
     ),
     "stacked": Preset(partial(multiscale, 48, 2, 16, 16), 3e-3, interval=200, solver_tolerance=1.0),
     "deep": Preset(partial(multiscale, 64, 4, 16, 24), 2e-3, interval=500, solver_tolerance=1.0),
+    "whitened-spline": Preset(whitened_spline, 5e-4, linear_rate=0.1),
+    "glow": Preset(glow, 1e-3),
     "realnvp": Preset(partial(behind_whitening, realnvp), 5e-4, linear_rate=0.1),
     "maf": Preset(partial(behind_whitening, maf), 5e-4, linear_rate=0.1),
     "spline": Preset(partial(behind_whitening, spline), 5e-4, linear_rate=0.1),

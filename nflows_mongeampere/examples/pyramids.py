@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from nflows.transforms import (
@@ -31,6 +32,34 @@ class AsImages(Transform):
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return inputs.flatten(1), inputs.new_zeros(len(inputs))
+
+
+class FromNormflows(Transform):
+    """Flows of normflows, which lead from noise to data, as a transform from images to rows.
+
+    Args:
+        flows: from noise to data.
+        shape: of one event of noise, as they take it.
+    """
+
+    def __init__(self, flows: Sequence[nn.Module], shape: Sequence[int]) -> None:
+        super().__init__()
+        self.flows, self.shape = nn.ModuleList(flows), tuple(shape)
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        total = inputs.new_zeros(len(inputs))
+        inverses: list[Any] = [flow.inverse for flow in reversed(self.flows)]
+        for inverse in inverses:
+            inputs, logabsdet = inverse(inputs)
+            total = total + logabsdet
+        return inputs.flatten(1), total
+
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        total, inputs = inputs.new_zeros(len(inputs)), inputs.view(-1, *self.shape)
+        for flow in self.flows:
+            inputs, logabsdet = flow(inputs)
+            total = total + logabsdet
+        return inputs, total
 
 
 class GreyLevels(nn.Module):
