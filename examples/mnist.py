@@ -350,12 +350,12 @@ def evaluate(flow: Flow, test: Tensor, draws: int) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def draw_samples(flow: Flow, seed: int, folder: Path) -> None:
-    """64 samples, as a picture and as an array for comparisons."""
+def draw_samples(flow: Flow, number: int, seed: int, folder: Path) -> None:
+    """Samples, the first 64 as a picture and all as an array for comparisons."""
     torch.manual_seed(seed)
-    pixels = to_pixels(flow.sample(64), MARGIN).clamp(0, 1)
+    pixels = to_pixels(flow.sample(number, batch_size=min(number, 100)), MARGIN).clamp(0, 1)
     figure, axes = plt.subplots(figsize=(6, 6), layout="constrained")
-    axes.imshow(mosaic(pixels, SIDE, 8), **GREYS)
+    axes.imshow(mosaic(pixels[:64], SIDE, 8), **GREYS)
     axes.set_axis_off()
     save_figure(figure, folder / "samples.png")
     np.save(folder / "samples.npy", (pixels * 255).round().byte().numpy())
@@ -370,7 +370,7 @@ def draw_path(flow: Flow, images: Images, folder: Path) -> float:
     stages = list(flow._transform._transforms)
     for stage in stages:
         points, _ = stage(points)
-        rows.append((type(stage).__name__.removesuffix("Transform"), points))
+        rows.append((type(stage).__name__.removesuffix("Transform"), points.flatten(1)))
     for stage in reversed(stages):
         points, _ = stage.inverse(points)
     restored = to_pixels(points, MARGIN)
@@ -436,7 +436,7 @@ def run(config: dict[str, Any], out: Path, data_dir: Path | None, overwrite: boo
         factor = converged(flow, lambda: losses(flow, points).mean(), TOLERANCE).factor
     with refined(flow, factor):
         figures = evaluate(flow, images.test[: config["test_images"]], config["draws"])
-        draw_samples(flow, seed, out)
+        draw_samples(flow, config["samples"], seed, out)
         error = draw_path(flow, images, out)
     results = Results(
         preset=config["preset"],
@@ -458,6 +458,7 @@ def command(config: dict[str, Any]) -> str:
     budget = f"--minutes {config['minutes']:g}" if config["minutes"] else ""
     budget += f" --steps {config['steps']}" if config["steps"] else ""
     quick = f" --test-images {config['test_images']}" if config["test_images"] < 10_000 else ""
+    quick += f" --samples {config['samples']}" if config["samples"] != 64 else ""
     return (
         f"python examples/mnist.py --preset {config['preset']} {budget.strip()} "
         f"--seed {config['seed']}{quick}"
@@ -484,6 +485,7 @@ def main(
     test_images: Annotated[
         int, typer.Option(min=10, max=10_000, help="Fewer than all for a quick look alone.")
     ] = 10_000,
+    samples: Annotated[int, typer.Option(min=64, help="That are drawn.")] = 64,
     overwrite: Annotated[bool, typer.Option(help="Begin anew in a folder with a run.")] = False,
 ) -> None:
     """Train a flow on MNIST, evaluate it on the test set and draw what it does."""
@@ -498,6 +500,7 @@ def main(
             "draws": draws,
             "validation_images": validation_images,
             "test_images": test_images,
+            "samples": samples,
         }
         start = time.monotonic()
         results = run(config, out or Path("runs") / preset, data_dir, overwrite)

@@ -126,16 +126,16 @@ def test_a_finished_run_is_left_alone(run, data_dir):
     assert (run / "results.json").stat().st_mtime_ns == before
 
 
-def test_a_stacked_flow_starts_at_the_gaussian_copula(data_dir):
+def test_a_convolutional_flow_starts_at_the_gaussian_copula(data_dir):
     """Its potentials are zero at first; marginals and linear transform are set from data."""
     generator = torch.Generator().manual_seed(0)
     levels = images.load_mnist(data_dir).train[:3000].int()
     levels = (levels + torch.randint(0, 60, levels.shape, generator=generator)).clamp(max=255)
-    flow = Flow(CompositeTransform(mnist.stacked(levels)), StandardNormal([784]))
+    flow = Flow(CompositeTransform(mnist.convolutional(levels)), StandardNormal([784]))
     y = mnist.logits(levels[:200], generator)
     with torch.no_grad():
         found = flow.log_prob(y)
-        before = CompositeTransform(mnist.stacked(levels)[:3])
+        before = CompositeTransform(mnist.convolutional(levels)[:3])
         z = before(mnist.logits(levels, torch.Generator().manual_seed(0)))[0].double()
         points, logabsdet = before(y)
         copula = MultivariateNormal(z.mean(0), torch.cov(z.T))
