@@ -57,8 +57,8 @@ from nflows_mongeampere.examples.images import (
     to_pixels,
     whitening,
 )
+from nflows_mongeampere.examples.networks import FromNormflows, GreyLevels
 from nflows_mongeampere.examples.pictures import draw_rows, mosaic, save_figure
-from nflows_mongeampere.examples.pyramids import AsImages, FromNormflows, GreyLevels, pyramid
 from nflows_mongeampere.examples.runs import (
     one_line_errors,
     open_folder,
@@ -67,6 +67,7 @@ from nflows_mongeampere.examples.runs import (
     write_json,
 )
 from nflows_mongeampere.models import transports
+from nflows_mongeampere.multiscale import AsImages, PixelNetwork, coarse_to_fine
 from nflows_mongeampere.training import (
     DivergenceError,
     EndlessBatches,
@@ -170,14 +171,9 @@ def multiscale(width: int, blocks: int, ridges: int, maps: int, levels: Tensor) 
     kinds = [(levels == 0), (levels > 0) & (levels < 252), (levels >= 252)]
     weights = [kind.double().mean().item() for kind in kinds]
     before = [Marginals(levels, LEVELS, shared=True), Quantile(weights, [-3.0, 0.0, 3.0])]
-    scales = pyramid(
-        SIDE,
-        GreyLevels(before, LEVELS),
-        width=width,
-        blocks=blocks,
-        ridges=ridges,
-        maps=maps,
-        steps=3,
+    network = partial(PixelNetwork, width=width, blocks=blocks, before=GreyLevels(before, LEVELS))
+    scales = coarse_to_fine(
+        (1, SIDE, SIDE), network, hidden_features=ridges, context_channels=maps, steps=3
     )
     return [Pixels(MARGIN), *before, AsImages((1, SIDE, SIDE)), scales]
 
