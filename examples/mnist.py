@@ -240,8 +240,12 @@ PRESETS = {
     "convolutional": Preset(
         convolutional, 2e-2, interval=200, linear_rate=0.02, solver_tolerance=2.0
     ),
-    "stacked": Preset(partial(multiscale, 48, 2, 16, 16), 3e-3, interval=200, solver_tolerance=1.0),
-    "deep": Preset(partial(multiscale, 64, 4, 16, 24), 2e-3, interval=500, solver_tolerance=1.0),
+    "stacked": Preset(
+        partial(multiscale, 64, 2, 16, 16), 6e-3, batch_size=50, interval=500, solver_tolerance=1.0
+    ),
+    "deep": Preset(
+        partial(multiscale, 96, 4, 24, 24), 3e-3, batch_size=100, interval=500, solver_tolerance=1.0
+    ),
     "whitened-spline": Preset(whitened_spline, 5e-4, linear_rate=0.1),
     "glow": Preset(glow, 1e-3),
     "realnvp": Preset(partial(behind_whitening, realnvp), 5e-4, linear_rate=0.1),
