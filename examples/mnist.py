@@ -241,7 +241,7 @@ PRESETS = {
         convolutional, 2e-2, interval=200, linear_rate=0.02, solver_tolerance=2.0
     ),
     "stacked": Preset(
-        partial(multiscale, 64, 2, 16, 16), 6e-3, batch_size=50, interval=500, solver_tolerance=1.0
+        partial(multiscale, 64, 2, 16, 16), 6e-3, batch_size=100, interval=500, solver_tolerance=1.0
     ),
     "deep": Preset(
         partial(multiscale, 96, 4, 24, 24), 3e-3, batch_size=100, interval=500, solver_tolerance=1.0
@@ -398,7 +398,9 @@ def draw_learning(history: History, name: str, folder: Path) -> None:
     save_figure(figure, folder / "learning.png")
 
 
-def run(config: dict[str, Any], out: Path, data_dir: Path | None, overwrite: bool) -> Results:
+def run(
+    config: dict[str, Any], out: Path, data_dir: Path | None, overwrite: bool, processes: int
+) -> Results:
     """One preset from the data to its results."""
     images = load_mnist(data_dir)
     open_folder(out, config, overwrite)
@@ -426,7 +428,10 @@ def run(config: dict[str, Any], out: Path, data_dir: Path | None, overwrite: boo
         name=config["preset"],
         callbacks=[SolverGuard(preset.solver_tolerance)],
         gradient_clip_val=preset.clip,
+        **(several(processes) if processes > 1 else {}),
     )
+    if int(os.environ.get("LOCAL_RANK", 0)) > 0:
+        raise typer.Exit  # the first process goes on alone
     flow = flow.cpu().eval()
     best = min(history.rows, key=lambda row: row["validation"])
     draw_learning(history, config["preset"], out)
@@ -451,6 +456,12 @@ def run(config: dict[str, Any], out: Path, data_dir: Path | None, overwrite: boo
     )
     write_json(out / "results.json", asdict(results))
     return results
+
+
+def several(processes: int) -> dict[str, Any]:
+    """Settings of training for processes that share each batch, with an equal part of the cores."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+    return {"accelerator": "cpu", "devices": processes, "strategy": "ddp"}
 
 
 def command(config: dict[str, Any]) -> str:
@@ -486,6 +497,9 @@ def main(
         int, typer.Option(min=10, max=10_000, help="Fewer than all for a quick look alone.")
     ] = 10_000,
     samples: Annotated[int, typer.Option(min=64, help="That are drawn.")] = 64,
+    processes: Annotated[
+        int, typer.Option(min=1, help="That share each batch, with the same result.")
+    ] = 1,
     overwrite: Annotated[bool, typer.Option(help="Begin anew in a folder with a run.")] = False,
 ) -> None:
     """Train a flow on MNIST, evaluate it on the test set and draw what it does."""
@@ -503,7 +517,7 @@ def main(
             "samples": samples,
         }
         start = time.monotonic()
-        results = run(config, out or Path("runs") / preset, data_dir, overwrite)
+        results = run(config, out or Path("runs") / preset, data_dir, overwrite, processes)
     typer.echo(json.dumps(asdict(results), indent=2))
     typer.echo(f"{(time.monotonic() - start) / 60:.1f} minutes in all, {os.cpu_count()} cores")
 
