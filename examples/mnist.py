@@ -451,7 +451,7 @@ def run(
         steps=int(best["step"]),
         reconstruction_error=error,
         peak_memory_mb=peak_memory() - before,
-        command=command(config),
+        command=command(config) + (f" --processes {processes}" if processes > 1 else ""),
         **figures,
     )
     write_json(out / "results.json", asdict(results))
