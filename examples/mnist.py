@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import matplotlib.pyplot as plt
+import normflows
 import numpy as np
 import torch
 import typer
@@ -48,14 +49,15 @@ from nflows_mongeampere.convergence import converged
 from nflows_mongeampere.examples.images import (
     Images,
     Marginals,
-    NormalQuantile,
     Pixels,
+    Quantile,
     dequantise,
     load_mnist,
     to_logits,
     to_pixels,
     whitening,
 )
+from nflows_mongeampere.examples.networks import FromNormflows, GreyLevels
 from nflows_mongeampere.examples.pictures import draw_rows, mosaic, save_figure
 from nflows_mongeampere.examples.runs import (
     one_line_errors,
@@ -65,6 +67,7 @@ from nflows_mongeampere.examples.runs import (
     write_json,
 )
 from nflows_mongeampere.models import transports
+from nflows_mongeampere.multiscale import AsImages, PixelNetwork, coarse_to_fine
 from nflows_mongeampere.training import (
     DivergenceError,
     EndlessBatches,
@@ -153,13 +156,26 @@ def couplings(levels: Tensor) -> list[Transform]:
     return layers
 
 
-def stacked(levels: Tensor) -> list[Transform]:
+def convolutional(levels: Tensor) -> list[Transform]:
     """Marginals made normal, then potentials of neighbouring pixels, then a linear transform."""
-    before = [Pixels(MARGIN), Marginals(levels, LEVELS), NormalQuantile()]
+    before = [Pixels(MARGIN), Marginals(levels, LEVELS), Quantile()]
     flows = [
         MongeAmpereTransform(ConvolutionalPotential((1, SIDE, SIDE), 16), steps=2) for _ in range(2)
     ]
     return [*before, *flows, whitening(images_through(before, levels))]
+
+
+def multiscale(width: int, blocks: int, ridges: int, maps: int, levels: Tensor) -> list[Transform]:
+    """From fine to coarse, pixels flow in what networks say of coarser ones."""
+    # ink apart from paper, and black apart from grey: clusters, which a smooth flow tells apart
+    kinds = [(levels == 0), (levels > 0) & (levels < 252), (levels >= 252)]
+    weights = [kind.double().mean().item() for kind in kinds]
+    before = [Marginals(levels, LEVELS, shared=True), Quantile(weights, [-3.0, 0.0, 3.0])]
+    network = partial(PixelNetwork, width=width, blocks=blocks, before=GreyLevels(before, LEVELS))
+    scales = coarse_to_fine(
+        (1, SIDE, SIDE), network, hidden_features=ridges, context_channels=maps, steps=3
+    )
+    return [Pixels(MARGIN), *before, AsImages((1, SIDE, SIDE)), scales]
 
 
 def realnvp() -> Transform:
@@ -190,6 +206,22 @@ def spline() -> Transform:
     return CompositeTransform(layers)
 
 
+def whitened_spline(levels: Tensor) -> list[Transform]:
+    """Marginals made normal, a linear transform that whitens them, then splines."""
+    before = [Pixels(MARGIN), Marginals(levels, LEVELS), Quantile()]
+    return [*before, whitening(images_through(before, levels)), spline()]
+
+
+def glow(levels: Tensor) -> list[Transform]:
+    """Marginals made normal, then blocks of Glow on images squeezed once and twice."""
+    before = [Pixels(MARGIN), Marginals(levels, LEVELS), Quantile()]
+    flows: list[normflows.flows.Flow] = []
+    for channels in (16, 4):  # from noise to data
+        flows += [normflows.flows.GlowBlock(channels, 64, scale_map="exp") for _ in range(6)]
+        flows.append(normflows.flows.Squeeze())
+    return [*before, AsImages((1, SIDE, SIDE)), FromNormflows(flows, (16, 7, 7))]
+
+
 PRESETS = {
     "paper": Preset(
         paper, 1e-3, interval=500, weight_decay=1e-3, anneal=False, clip=None, solver_tolerance=5.0
@@ -205,7 +237,17 @@ PRESETS = {
     "coupling": Preset(
         couplings, 4e-3, batch_size=200, interval=200, solver_tolerance=1.5, linear_rate=0.02
     ),
-    "stacked": Preset(stacked, 2e-2, interval=200, linear_rate=0.02, solver_tolerance=2.0),
+    "convolutional": Preset(
+        convolutional, 2e-2, interval=200, linear_rate=0.02, solver_tolerance=2.0
+    ),
+    "stacked": Preset(
+        partial(multiscale, 64, 2, 16, 16), 6e-3, batch_size=100, interval=500, solver_tolerance=1.0
+    ),
+    "deep": Preset(
+        partial(multiscale, 96, 4, 24, 24), 3e-3, batch_size=100, interval=500, solver_tolerance=1.0
+    ),
+    "whitened-spline": Preset(whitened_spline, 5e-4, linear_rate=0.1),
+    "glow": Preset(glow, 1e-3),
     "realnvp": Preset(partial(behind_whitening, realnvp), 5e-4, linear_rate=0.1),
     "maf": Preset(partial(behind_whitening, maf), 5e-4, linear_rate=0.1),
     "spline": Preset(partial(behind_whitening, spline), 5e-4, linear_rate=0.1),
@@ -308,12 +350,12 @@ def evaluate(flow: Flow, test: Tensor, draws: int) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def draw_samples(flow: Flow, seed: int, folder: Path) -> None:
-    """64 samples, as a picture and as an array for comparisons."""
+def draw_samples(flow: Flow, number: int, seed: int, folder: Path) -> None:
+    """Samples, the first 64 as a picture and all as an array for comparisons."""
     torch.manual_seed(seed)
-    pixels = to_pixels(flow.sample(64), MARGIN).clamp(0, 1)
+    pixels = to_pixels(flow.sample(number, batch_size=min(number, 100)), MARGIN).clamp(0, 1)
     figure, axes = plt.subplots(figsize=(6, 6), layout="constrained")
-    axes.imshow(mosaic(pixels, SIDE, 8), **GREYS)
+    axes.imshow(mosaic(pixels[:64], SIDE, 8), **GREYS)
     axes.set_axis_off()
     save_figure(figure, folder / "samples.png")
     np.save(folder / "samples.npy", (pixels * 255).round().byte().numpy())
@@ -328,7 +370,7 @@ def draw_path(flow: Flow, images: Images, folder: Path) -> float:
     stages = list(flow._transform._transforms)
     for stage in stages:
         points, _ = stage(points)
-        rows.append((type(stage).__name__.removesuffix("Transform"), points))
+        rows.append((type(stage).__name__.removesuffix("Transform"), points.flatten(1)))
     for stage in reversed(stages):
         points, _ = stage.inverse(points)
     restored = to_pixels(points, MARGIN)
@@ -356,7 +398,9 @@ def draw_learning(history: History, name: str, folder: Path) -> None:
     save_figure(figure, folder / "learning.png")
 
 
-def run(config: dict[str, Any], out: Path, data_dir: Path | None, overwrite: bool) -> Results:
+def run(
+    config: dict[str, Any], out: Path, data_dir: Path | None, overwrite: bool, processes: int
+) -> Results:
     """One preset from the data to its results."""
     images = load_mnist(data_dir)
     open_folder(out, config, overwrite)
@@ -384,7 +428,10 @@ def run(config: dict[str, Any], out: Path, data_dir: Path | None, overwrite: boo
         name=config["preset"],
         callbacks=[SolverGuard(preset.solver_tolerance)],
         gradient_clip_val=preset.clip,
+        **(several(processes) if processes > 1 else {}),
     )
+    if int(os.environ.get("LOCAL_RANK", 0)) > 0:
+        raise typer.Exit  # the first process goes on alone
     flow = flow.cpu().eval()
     best = min(history.rows, key=lambda row: row["validation"])
     draw_learning(history, config["preset"], out)
@@ -394,7 +441,7 @@ def run(config: dict[str, Any], out: Path, data_dir: Path | None, overwrite: boo
         factor = converged(flow, lambda: losses(flow, points).mean(), TOLERANCE).factor
     with refined(flow, factor):
         figures = evaluate(flow, images.test[: config["test_images"]], config["draws"])
-        draw_samples(flow, seed, out)
+        draw_samples(flow, config["samples"], seed, out)
         error = draw_path(flow, images, out)
     results = Results(
         preset=config["preset"],
@@ -404,11 +451,17 @@ def run(config: dict[str, Any], out: Path, data_dir: Path | None, overwrite: boo
         steps=int(best["step"]),
         reconstruction_error=error,
         peak_memory_mb=peak_memory() - before,
-        command=command(config),
+        command=command(config) + (f" --processes {processes}" if processes > 1 else ""),
         **figures,
     )
     write_json(out / "results.json", asdict(results))
     return results
+
+
+def several(processes: int) -> dict[str, Any]:
+    """Settings of training for processes that share each batch, with an equal part of the cores."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+    return {"accelerator": "cpu", "devices": processes, "strategy": "ddp"}
 
 
 def command(config: dict[str, Any]) -> str:
@@ -416,6 +469,7 @@ def command(config: dict[str, Any]) -> str:
     budget = f"--minutes {config['minutes']:g}" if config["minutes"] else ""
     budget += f" --steps {config['steps']}" if config["steps"] else ""
     quick = f" --test-images {config['test_images']}" if config["test_images"] < 10_000 else ""
+    quick += f" --samples {config['samples']}" if config["samples"] != 64 else ""
     return (
         f"python examples/mnist.py --preset {config['preset']} {budget.strip()} "
         f"--seed {config['seed']}{quick}"
@@ -442,6 +496,10 @@ def main(
     test_images: Annotated[
         int, typer.Option(min=10, max=10_000, help="Fewer than all for a quick look alone.")
     ] = 10_000,
+    samples: Annotated[int, typer.Option(min=64, help="That are drawn.")] = 64,
+    processes: Annotated[
+        int, typer.Option(min=1, help="That share each batch, with the same result.")
+    ] = 1,
     overwrite: Annotated[bool, typer.Option(help="Begin anew in a folder with a run.")] = False,
 ) -> None:
     """Train a flow on MNIST, evaluate it on the test set and draw what it does."""
@@ -456,9 +514,10 @@ def main(
             "draws": draws,
             "validation_images": validation_images,
             "test_images": test_images,
+            "samples": samples,
         }
         start = time.monotonic()
-        results = run(config, out or Path("runs") / preset, data_dir, overwrite)
+        results = run(config, out or Path("runs") / preset, data_dir, overwrite, processes)
     typer.echo(json.dumps(asdict(results), indent=2))
     typer.echo(f"{(time.monotonic() - start) / 60:.1f} minutes in all, {os.cpu_count()} cores")
 

@@ -22,6 +22,7 @@ from nflows_mongeampere import (
     GroupedPotential,
     LatticePotential,
     MongeAmpereTransform,
+    PixelwisePotential,
     Potential,
     RidgePotential,
     SymmetrizedPotential,
@@ -103,6 +104,16 @@ def _deep(
     return build
 
 
+def _pixelwise(shape: tuple[int, ...], hidden: int, **keywords: Any) -> Callable[[str], Potential]:
+    def build(activation: str) -> Potential:
+        potential = PixelwisePotential(shape, hidden, activation=activation, **keywords)
+        for parameter in potential.parameters():
+            nn.init.normal_(parameter, std=0.3)
+        return potential
+
+    return build
+
+
 # With these batches few ridges in many dimensions move in reduced coordinates, the others in x.
 POTENTIALS = {
     "reduced": Example(_ridge(6, 2), (6,)),
@@ -127,6 +138,7 @@ POTENTIALS = {
     "deep-convolutional": Example(
         _deep((2, 1, 3), 2, 2, kernel_size=3, kind=DeepConvolutionalPotential), (2, 1, 3)
     ),
+    "pixelwise": Example(_pixelwise((1, 2, 2), 2, context_channels=1), (1, 2, 2), 4),
     "symmetrized": Example(
         lambda a: SymmetrizedPotential(RidgePotential(4, 2, activation=a), translations((2, 2))),
         (2, 2),

@@ -126,16 +126,16 @@ def test_a_finished_run_is_left_alone(run, data_dir):
     assert (run / "results.json").stat().st_mtime_ns == before
 
 
-def test_a_stacked_flow_starts_at_the_gaussian_copula(data_dir):
+def test_a_convolutional_flow_starts_at_the_gaussian_copula(data_dir):
     """Its potentials are zero at first; marginals and linear transform are set from data."""
     generator = torch.Generator().manual_seed(0)
     levels = images.load_mnist(data_dir).train[:3000].int()
     levels = (levels + torch.randint(0, 60, levels.shape, generator=generator)).clamp(max=255)
-    flow = Flow(CompositeTransform(mnist.stacked(levels)), StandardNormal([784]))
+    flow = Flow(CompositeTransform(mnist.convolutional(levels)), StandardNormal([784]))
     y = mnist.logits(levels[:200], generator)
     with torch.no_grad():
         found = flow.log_prob(y)
-        before = CompositeTransform(mnist.stacked(levels)[:3])
+        before = CompositeTransform(mnist.convolutional(levels)[:3])
         z = before(mnist.logits(levels, torch.Generator().manual_seed(0)))[0].double()
         points, logabsdet = before(y)
         copula = MultivariateNormal(z.mean(0), torch.cov(z.T))
@@ -258,7 +258,7 @@ def test_marginals_are_the_histogram_of_the_data(levels):
 
 @pytest.mark.parametrize("name", ["Pixels", "NormalQuantile"])
 def test_elementwise_transforms_have_the_slopes_of_autograd(name):
-    transform = images.Pixels(1e-6) if name == "Pixels" else images.NormalQuantile()
+    transform = images.Pixels(1e-6) if name == "Pixels" else images.Quantile()
     x = torch.linspace(-4, 4, 60, dtype=torch.float64).view(5, 12)
     if name == "NormalQuantile":
         x = x / 9 + 0.5
@@ -273,7 +273,7 @@ def test_elementwise_transforms_have_the_slopes_of_autograd(name):
 
 def test_normal_quantiles_are_those_of_torch():
     x = torch.rand(20, 3, dtype=torch.float64)
-    y, _ = images.NormalQuantile()(x)
+    y, _ = images.Quantile()(x)
     torch.testing.assert_close(torch.distributions.Normal(0, 1).cdf(y), x)
 
 

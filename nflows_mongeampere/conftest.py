@@ -19,6 +19,7 @@ from nflows_mongeampere import (
     DeepPotential,
     GroupedPotential,
     LatticePotential,
+    PixelwisePotential,
     Potential,
     RidgePotential,
     SymmetrizedPotential,
@@ -33,6 +34,7 @@ from nflows_mongeampere.potentials.grouped import GroupedDynamics
 from nflows_mongeampere.potentials.lattice import SiteDynamics
 from nflows_mongeampere.potentials.layers import LayersDynamics
 from nflows_mongeampere.potentials.orbits import LatticeDynamics
+from nflows_mongeampere.potentials.pixelwise import PixelwiseDynamics
 from nflows_mongeampere.potentials.ridges import ReducedDynamics, RidgeDynamics
 
 Value = Callable[[Tensor, "float | Tensor"], Tensor]
@@ -128,6 +130,14 @@ def grouped(
     return potential
 
 
+def pixelwise(shape: Sequence[int], **options: object) -> PixelwisePotential:
+    """Three ridges at every pixel in float64, with numbers that differ."""
+    potential = PixelwisePotential(shape, 3, **options).double()  # type: ignore[arg-type]
+    for parameter in potential.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    return potential
+
+
 def sites(shape: Sequence[int], *, fourier: bool = False, **options: object) -> LatticePotential:
     """Kernels with functions of their own, moved by products or in Fourier space."""
     with mock.patch.object(lattice_module, "DENSE_SITES", 0 if fourier else 100):
@@ -160,8 +170,8 @@ class Example:
     def batch(self, potential: Potential, rows: int = 3) -> tuple[Tensor, Tensor | None]:
         """Random points, and a context where the potential takes one."""
         x = torch.randn(rows, *self.shape, dtype=torch.float64)
-        takes = potential.context_features or getattr(potential, "_context", None)
-        return x, torch.randn(rows, 2, dtype=torch.float64) if takes else None
+        takes = potential.context_features or (2 if getattr(potential, "_context", None) else 0)
+        return x, torch.randn(rows, takes, dtype=torch.float64) if takes else None
 
 
 ALL = {"time_dependent": True, "context_features": 2}
@@ -186,6 +196,12 @@ POTENTIALS = {
         lambda: deep_convolutional((2, 1, 3), 4, kernel_size=5, activation="softplus"),
         (6,),
         DeepConvolutionalDynamics,
+    ),
+    "pixels": Example(lambda: pixelwise((1, 2, 2)), (4,), PixelwiseDynamics),
+    "pixels-all": Example(
+        lambda: pixelwise((2, 2, 1), context_channels=3, activation="softplus"),
+        (2, 2, 1),
+        PixelwiseDynamics,
     ),
     "deep": Example(lambda: deep(2, 3), (2,), LayersDynamics),
     "deep-rank": Example(lambda: deep(4, 3, rank=2), (4,), LayersDynamics),
@@ -346,6 +362,30 @@ def grouped_value(
     return value
 
 
+def pixelwise_value(potential: PixelwisePotential, x: Tensor, context: Tensor | None) -> Tensor:
+    """The definition, pixel by pixel and ridge by ridge."""
+    channels, height, width = potential.shape
+    images, value = x.reshape(len(x), *potential.shape), torch.zeros(len(x), dtype=x.dtype)
+    numbers = [potential.bias, potential.amplitude, potential.drift, potential.scale[None]]
+    for i, j in itertools.product(range(height), range(width)):
+        pixel, coefficients = images[:, :, i, j], torch.cat(numbers).expand(len(x), -1)
+        if context is not None and potential.context_weight is not None:
+            maps = context.view(len(x), -1, height, width)[:, :, i, j]
+            coefficients = coefficients + maps @ potential.context_weight.T
+        offset, amplitude = coefficients[:, :3], coefficients[:, 3:6]
+        drift, scale = coefficients[:, 6 : 6 + channels], coefficients[:, -1]
+        lengths = potential.weight.square().sum(1)
+        bound = (lengths * amplitude.abs()).sum(1) + scale.abs()
+        damping = potential.stiffness / (potential.stiffness + bound)
+        amplitude, scale = amplitude * damping[:, None], scale * damping
+        value = value + scale * pixel.square().sum(1) / 2 + (drift * pixel).sum(1)
+        for ridge in range(3):
+            h = pixel @ potential.weight[ridge] + offset[:, ridge]
+            soft = potential.activation == "softplus"
+            value = value + amplitude[:, ridge] * (F.softplus(h) if soft else h.cosh().log())
+    return value
+
+
 def lattice_value(potential: LatticePotential, x: Tensor, context: Tensor | None) -> Tensor:
     """The definition: kernel by kernel and site by site, with the integrals of tanh^n."""
     shape, count = potential.shape, potential.powers
@@ -378,6 +418,8 @@ def definition(potential: Potential, context: Tensor | None = None) -> Value:
         return lambda x, t: deep_convolutional_value(potential, x)
     if isinstance(potential, ConvolutionalPotential):
         return lambda x, t: convolutional_value(potential, x)
+    if isinstance(potential, PixelwisePotential):
+        return lambda x, t: pixelwise_value(potential, x, context)
     if isinstance(potential, LatticePotential):
         return lambda x, t: lattice_value(potential, x, context)
     if isinstance(potential, SymmetrizedPotential):

@@ -7,6 +7,7 @@ from nflows_mongeampere.potentials.deep import DeepPotential
 from nflows_mongeampere.potentials.deep_convolutional import DeepConvolutionalPotential
 from nflows_mongeampere.potentials.grouped import GroupedPotential
 from nflows_mongeampere.potentials.lattice import LatticePotential
+from nflows_mongeampere.potentials.pixelwise import PixelwisePotential
 from nflows_mongeampere.potentials.ridge import RidgePotential
 from nflows_mongeampere.potentials.symmetrized import SymmetrizedPotential
 
@@ -17,6 +18,7 @@ __all__ = [
     "DeepPotential",
     "GroupedPotential",
     "LatticePotential",
+    "PixelwisePotential",
     "Potential",
     "RidgePotential",
     "SymmetrizedPotential",

@@ -1,0 +1,225 @@
+"""Images from coarse to fine: each pixel flows in what a network says of coarser ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from nflows.transforms import (
+    CompositeTransform,
+    InverseTransform,
+    MultiscaleCompositeTransform,
+    Permutation,
+    SqueezeTransform,
+    Transform,
+)
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nflows_mongeampere import validation
+from nflows_mongeampere.coupling import MongeAmpereCouplingTransform
+from nflows_mongeampere.potentials import PixelwisePotential
+
+Network = Callable[[int, int, tuple[int, int]], nn.Module]
+
+# of the four pixels of a square, the ones that flow first and second, and the one that stays
+FIRST, SECOND, STAYS = (1, 2), (3,), (0,)
+
+
+class AsImages(Transform):
+    """Rows of pixels as images.
+
+    Args:
+        shape: (C, height, width) of one image.
+
+    Example:
+        >>> import torch
+        >>> AsImages((1, 2, 3))(torch.zeros(5, 6))[0].shape
+        torch.Size([5, 1, 2, 3])
+    """
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        super().__init__()
+        self.shape = validation.shape("shape", shape, 3)
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Rows of shape (B, C·height·width) as images; the log-determinant is zero."""
+        return inputs.reshape(-1, *self.shape), inputs.new_zeros(len(inputs))
+
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Images as rows; the log-determinant is zero."""
+        return inputs.flatten(1), inputs.new_zeros(len(inputs))
+
+
+class PixelNetwork(nn.Module):
+    """A residual convolutional network that knows where in the image it is.
+
+    A 5×5 convolution, a map of its own for each place, ``blocks`` of a 3×3 and a 1×1 convolution,
+    and a 1×1 convolution at the end.
+
+    Args:
+        channels: of the images that it sees.
+        outputs: maps that it returns.
+        size: (height, width) of the images.
+        width: maps within.
+        blocks: number of residual blocks.
+        before: what the images go through first, or None.
+
+    Example:
+        >>> import torch
+        >>> PixelNetwork(2, 8, (4, 4))(torch.randn(5, 2, 4, 4)).shape
+        torch.Size([5, 8, 4, 4])
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        outputs: int,
+        size: tuple[int, int],
+        *,
+        width: int = 48,
+        blocks: int = 2,
+        before: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.before = nn.Identity() if before is None else before
+        self.first = nn.Conv2d(channels, width, 5, padding=2)
+        self.place = nn.Parameter(0.1 * torch.randn(width, *size))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.SiLU(),
+                nn.Conv2d(width, width, 3, padding=1),
+                nn.SiLU(),
+                nn.Conv2d(width, width, 1),
+            )
+            for _ in range(blocks)
+        )
+        self.last = nn.Conv2d(width, outputs, 1)
+        self.to(memory_format=torch.channels_last)  # faster on a CPU, by a third
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Maps of shape (B, outputs, height, width)."""
+        h = self.before(images).contiguous(memory_format=torch.channels_last)
+        h = self.first(h) + self.place
+        for block in self.blocks:
+            h = h + block(h)
+        maps: Tensor = self.last(F.silu(h))
+        return maps
+
+
+def coarse_to_fine(
+    shape: Sequence[int],
+    network: Network = PixelNetwork,
+    *,
+    hidden_features: int = 16,
+    context_channels: int = 16,
+    span: float = 3.0,
+    **settings: Any,
+) -> MultiscaleCompositeTransform:
+    r"""A multi-scale flow of images, in which each pixel moves once, given all coarser ones.
+
+    .. math:: \ln p(x) = \ln p(x_\text{coarsest})
+              + \sum_\text{scales} \ln p(x_\text{finer} \mid x_\text{coarser})
+
+    Every second pixel flows in a :class:`~nflows_mongeampere.PixelwisePotential` whose coefficients
+    a network draws from the others, which are its four neighbours; of these, every second one flows
+    in what another network says of the rest, which is an image of half the size; and so on, as long
+    as height and width are even. The black fields of the last image flow given the white ones, and
+    in turns. All networks are evaluated once, for a likelihood as for samples.
+
+    It is made of nflows' :class:`nflows.transforms.base.MultiscaleCompositeTransform` and
+    ``SqueezeTransform`` and of :class:`~nflows_mongeampere.MongeAmpereCouplingTransform`: images of
+    shape (B, C, height, width) become rows of noise, finest first. A new flow moves nothing.
+
+    Args:
+        shape: (C, height, width) of one image.
+        network: makes a network from the channels that it sees, the maps that it returns and the
+            (height, width) of both.
+        hidden_features: ridges of each number that flows.
+        context_channels: maps of context for each number that flows.
+        span: pixels lie within ± ``span`` or not far beyond; ridges start to bend there.
+        **settings: those of :class:`~nflows_mongeampere.MongeAmpereTransform`: ``steps``, ...
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit.
+
+    Example:
+        >>> import torch
+        >>> transform = coarse_to_fine((1, 8, 8), hidden_features=4, context_channels=4)
+        >>> noise, logabsdet = transform(torch.randn(5, 1, 8, 8))
+        >>> noise.shape, logabsdet.shape
+        (torch.Size([5, 64]), torch.Size([5]))
+    """
+    channels, height, width = validation.shape("shape", shape, 3)
+    make = _Couplings(network, hidden_features, context_channels, span, settings)
+    layers: list[tuple[Transform, tuple[int, ...]]] = []
+    while height % 2 == 0 and width % 2 == 0 and channels * height * width > 4:
+        height, width = size = height // 2, width // 2
+        order = [4 * c + place for place in (*FIRST, *SECOND, *STAYS) for c in range(channels)]
+        finer = [
+            SqueezeTransform(),
+            Permutation(torch.tensor(order)),
+            make.of_images(2 * channels, 2 * channels, size),
+        ]
+        layers += [
+            (CompositeTransform(finer), (4 * channels, *size)),
+            (make.of_images(channels, channels, size), (2 * channels, *size)),
+        ]
+    features = channels * height * width
+    layers.append((make.in_turns((channels, height, width)), (features,)))
+    flow = MultiscaleCompositeTransform(len(layers))
+    for layer, outputs in layers:
+        flow.add_transform(layer, outputs)
+    return flow
+
+
+class _Couplings:
+    """Coupling layers with pixelwise potentials."""
+
+    def __init__(
+        self, network: Network, ridges: int, maps: int, span: float, settings: dict[str, Any]
+    ) -> None:
+        self._network, self._settings = network, settings
+        self._ridges = validation.integer("hidden_features", ridges)
+        self._maps = validation.integer("context_channels", maps)
+        self._span = validation.positive("span", span)
+
+    def of_images(self, moving: int, passing: int, size: tuple[int, int]) -> Transform:
+        """The first channels of images flow, given the others."""
+        potential = self._potential((moving, *size), moving)
+        return MongeAmpereCouplingTransform(
+            [1] * moving + [0] * passing,
+            lambda channels, _: self._network(channels, self._maps * moving, size),
+            potential,
+            **self._settings,
+        )
+
+    def in_turns(self, shape: tuple[int, int, int]) -> Transform:
+        """Black and white fields of an image flow in turns, as rows of noise."""
+        places = torch.cartesian_prod(*map(torch.arange, shape)).view(-1, 3).sum(1)
+        layers: list[Transform] = [InverseTransform(AsImages(shape))]
+        for turn in range(4 if len(places) > 1 else 0):
+            black = (places + turn) % 2
+            moving = int(black.sum())
+            layers.append(
+                MongeAmpereCouplingTransform(
+                    black, _dense, self._potential((1, moving, 1), 1), **self._settings
+                )
+            )
+        return CompositeTransform(layers)
+
+    def _potential(self, shape: tuple[int, int, int], channels: int) -> PixelwisePotential:
+        potential = PixelwisePotential(
+            shape, self._ridges * channels, context_channels=self._maps * channels
+        )
+        ends = torch.tensor([[-1.5 * self._span], [1.5 * self._span]])
+        potential.initialize(ends.expand(2, potential.features))
+        return potential
+
+
+def _dense(features: int, outputs: int) -> nn.Module:
+    """A network of two hidden layers."""
+    width = 128
+    hidden = (nn.Linear(features, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+    return nn.Sequential(*hidden, nn.Linear(width, outputs))
