@@ -173,7 +173,7 @@ def multiscale(width: int, blocks: int, ridges: int, maps: int, levels: Tensor) 
     before = [Marginals(levels, LEVELS, shared=True), Quantile(weights, [-3.0, 0.0, 3.0])]
     network = partial(PixelNetwork, width=width, blocks=blocks, before=GreyLevels(before, LEVELS))
     scales = coarse_to_fine(
-        (1, SIDE, SIDE), network, hidden_features=ridges, context_channels=maps, steps=3
+        (1, SIDE, SIDE), network, hidden_features=ridges, context_channels=maps, steps=4
     )
     return [Pixels(MARGIN), *before, AsImages((1, SIDE, SIDE)), scales]
 

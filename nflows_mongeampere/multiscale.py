@@ -115,6 +115,7 @@ def coarse_to_fine(
     hidden_features: int = 16,
     context_channels: int = 16,
     span: float = 3.0,
+    stiffness: float = 8.0,
     **settings: Any,
 ) -> MultiscaleCompositeTransform:
     r"""A multi-scale flow of images, in which each pixel moves once, given all coarser ones.
@@ -138,7 +139,9 @@ def coarse_to_fine(
             (height, width) of both.
         hidden_features: ridges of each number that flows.
         context_channels: maps of context for each number that flows.
-        span: pixels lie within ± ``span`` or not far beyond; ridges start to bend there.
+        span: pixels lie within ± ``span`` or not far beyond; ridges bend there. Their slopes stay as
+            they are: learnt ones sharpen until a solver misses them.
+        stiffness: of the potentials; twice the solver's steps in a unit of time, or less.
         **settings: those of :class:`~nflows_mongeampere.MongeAmpereTransform`: ``steps``, ...
 
     Raises:
@@ -146,13 +149,13 @@ def coarse_to_fine(
 
     Example:
         >>> import torch
-        >>> transform = coarse_to_fine((1, 8, 8), hidden_features=4, context_channels=4)
+        >>> transform = coarse_to_fine((1, 8, 8), hidden_features=4, steps=4)
         >>> noise, logabsdet = transform(torch.randn(5, 1, 8, 8))
         >>> noise.shape, logabsdet.shape
         (torch.Size([5, 64]), torch.Size([5]))
     """
     channels, height, width = validation.shape("shape", shape, 3)
-    make = _Couplings(network, hidden_features, context_channels, span, settings)
+    make = _Couplings(network, hidden_features, context_channels, span, stiffness, settings)
     layers: list[tuple[Transform, tuple[int, ...]]] = []
     while height % 2 == 0 and width % 2 == 0 and channels * height * width > 4:
         height, width = size = height // 2, width // 2
@@ -178,9 +181,15 @@ class _Couplings:
     """Coupling layers with pixelwise potentials."""
 
     def __init__(
-        self, network: Network, ridges: int, maps: int, span: float, settings: dict[str, Any]
+        self,
+        network: Network,
+        ridges: int,
+        maps: int,
+        span: float,
+        stiffness: float,
+        settings: dict[str, Any],
     ) -> None:
-        self._network, self._settings = network, settings
+        self._network, self._stiffness, self._settings = network, stiffness, settings
         self._ridges = validation.integer("hidden_features", ridges)
         self._maps = validation.integer("context_channels", maps)
         self._span = validation.positive("span", span)
@@ -211,10 +220,14 @@ class _Couplings:
 
     def _potential(self, shape: tuple[int, int, int], channels: int) -> PixelwisePotential:
         potential = PixelwisePotential(
-            shape, self._ridges * channels, context_channels=self._maps * channels
+            shape,
+            self._ridges * channels,
+            context_channels=self._maps * channels,
+            stiffness=self._stiffness,
         )
         ends = torch.tensor([[-1.5 * self._span], [1.5 * self._span]])
         potential.initialize(ends.expand(2, potential.features))
+        potential.weight.requires_grad_(False)
         return potential
 
 
