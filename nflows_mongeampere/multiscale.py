@@ -139,8 +139,8 @@ def coarse_to_fine(
             (height, width) of both.
         hidden_features: ridges of each number that flows.
         context_channels: maps of context for each number that flows.
-        span: pixels lie within ± ``span`` or not far beyond; ridges bend there. Their slopes stay as
-            they are: learnt ones sharpen until a solver misses them.
+        span: pixels lie within ± ``span`` or not far beyond; ridges bend there. Their slopes stay
+            as they are: learnt ones sharpen until a solver misses them.
         stiffness: of the potentials; twice the solver's steps in a unit of time, or less.
         **settings: those of :class:`~nflows_mongeampere.MongeAmpereTransform`: ``steps``, ...
 
