@@ -42,6 +42,7 @@ from nflows_mongeampere import (
     ConvolutionalPotential,
     MongeAmpereCouplingTransform,
     MongeAmpereTransform,
+    PixelwisePotential,
     RidgePotential,
     refined,
 )
@@ -173,7 +174,12 @@ def multiscale(width: int, blocks: int, ridges: int, maps: int, levels: Tensor) 
     before = [Marginals(levels, LEVELS, shared=True), Quantile(weights, [-3.0, 0.0, 3.0])]
     network = partial(PixelNetwork, width=width, blocks=blocks, before=GreyLevels(before, LEVELS))
     scales = coarse_to_fine(
-        (1, SIDE, SIDE), network, hidden_features=ridges, context_channels=maps, steps=4
+        (1, SIDE, SIDE),
+        network,
+        hidden_features=ridges,
+        context_channels=maps,
+        stiffness=10.0,
+        steps=4,
     )
     return [Pixels(MARGIN), *before, AsImages((1, SIDE, SIDE)), scales]
 
@@ -241,10 +247,10 @@ PRESETS = {
         convolutional, 2e-2, interval=200, linear_rate=0.02, solver_tolerance=2.0
     ),
     "stacked": Preset(
-        partial(multiscale, 64, 2, 16, 16), 6e-3, batch_size=100, interval=500, solver_tolerance=1.0
+        partial(multiscale, 64, 2, 16, 16), 6e-3, batch_size=100, interval=500, solver_tolerance=0.3
     ),
     "deep": Preset(
-        partial(multiscale, 96, 4, 24, 24), 3e-3, batch_size=100, interval=500, solver_tolerance=1.0
+        partial(multiscale, 96, 4, 24, 24), 3e-3, batch_size=100, interval=500, solver_tolerance=0.3
     ),
     "whitened-spline": Preset(whitened_spline, 5e-4, linear_rate=0.1),
     "glow": Preset(glow, 1e-3),
@@ -268,14 +274,17 @@ def images_through(before: list[Transform], levels: Tensor) -> Tensor:
 
 
 def make_optimizer(preset: Preset, flow: nn.Module) -> torch.optim.Optimizer:
-    """Adam, with a learning rate of their own for linear transforms."""
+    """Adam, with learning rates of their own for linear transforms and for slopes at pixels."""
     layers = [module for module in flow.modules() if isinstance(module, LULinear)]
     linear = [parameter for layer in layers for parameter in layer.parameters()]
-    known = set(map(id, linear))
+    slopes = [m.weight for m in flow.modules() if isinstance(m, PixelwisePotential)]
+    known = set(map(id, [*linear, *slopes]))
     rest = [p for p in flow.parameters() if p.requires_grad and id(p) not in known]
     groups = [
         {"params": rest, "lr": preset.learning_rate},
         {"params": linear, "lr": preset.learning_rate * preset.linear_rate},
+        # the slopes would sharpen until the solver misses what they do
+        {"params": slopes, "lr": preset.learning_rate * 0.1},
     ]
     return torch.optim.Adam(
         [group for group in groups if group["params"]],

@@ -139,9 +139,10 @@ def coarse_to_fine(
             (height, width) of both.
         hidden_features: ridges of each number that flows.
         context_channels: maps of context for each number that flows.
-        span: pixels lie within ± ``span`` or not far beyond; ridges bend there. Their slopes stay
-            as they are: learnt ones sharpen until a solver misses them.
-        stiffness: of the potentials; twice the solver's steps in a unit of time, or less.
+        span: pixels lie within ± ``span`` or not far beyond; ridges start to bend there. Give their
+            slopes (``potential.weight``) a small learning rate: they sharpen until a solver misses
+            them.
+        stiffness: of the potentials; about twice the solver's steps in a unit of time.
         **settings: those of :class:`~nflows_mongeampere.MongeAmpereTransform`: ``steps``, ...
 
     Raises:
@@ -227,7 +228,6 @@ class _Couplings:
         )
         ends = torch.tensor([[-1.5 * self._span], [1.5 * self._span]])
         potential.initialize(ends.expand(2, potential.features))
-        potential.weight.requires_grad_(False)
         return potential
 
 
