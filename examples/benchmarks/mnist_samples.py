@@ -73,6 +73,7 @@ def main(
     with one_line_errors(ValueError, OSError):
         found = [(read_results(folder), read_samples(folder)) for folder in runs]
         images, labels = load_mnist(data_dir), load_labels(data_dir)
+        out.mkdir(parents=True, exist_ok=True)
     train, validation = images.train, images.validation[:REAL_IMAGES]
     classifier = train_classifier(train[:CLASSIFIER_IMAGES], labels.train[:CLASSIFIER_IMAGES])
     accuracy = float(classifier.score(grey(validation), labels.validation[:REAL_IMAGES].numpy()))
