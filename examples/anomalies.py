@@ -214,7 +214,7 @@ def main(
     )
     draw(kinds, found, typical, out / "anomalies.png")
     typer.echo("\n".join(table))
-    typer.echo(f"at twice the solver's steps no area changes by more than {change:.4f}")
+    typer.echo(f"at twice the solver's steps no area changes by more than {change:.1e}")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,14 @@ from torch import Tensor
 from nflows_mongeampere.examples.images import load_labels, load_mnist
 from nflows_mongeampere.examples.pictures import draw_rows, save_figure
 from nflows_mongeampere.examples.runs import one_line_errors, read_results, write_json
-from nflows_mongeampere.examples.verdict import Verdict, grey, judge, nearest, train_classifier
+from nflows_mongeampere.examples.verdict import (
+    WHITE,
+    Verdict,
+    grey,
+    judge,
+    nearest,
+    train_classifier,
+)
 
 SIDE, SHOWN = 28, 16
 CLASSIFIER_IMAGES, REAL_IMAGES = 10_000, 2000
@@ -36,7 +43,13 @@ def read_samples(folder: Path) -> Tensor:
     path = folder / "samples.npy"
     if not path.is_file():
         raise ValueError(f"{folder} holds no samples.npy: let its run end first")
-    return torch.from_numpy(np.load(path))
+    levels = np.load(path)
+    if levels.dtype != np.uint8 or levels.shape[1:] != (SIDE * SIDE,):
+        raise ValueError(
+            f"{path} has {levels.dtype} of shape {levels.shape}, expected uint8 of shape (N, 784): "
+            "name runs of mnist.py"
+        )
+    return torch.from_numpy(levels)
 
 
 def shuffled(levels: Tensor) -> Tensor:
@@ -58,7 +71,8 @@ def line(name: str, verdict: Verdict, real: Verdict, nll: float | None = None) -
 def draw(rows: list[tuple[str, Tensor]], path: Path) -> None:
     """One row of images for each entry."""
     figure = plt.figure(figsize=(11, 0.75 * len(rows)), layout="constrained")
-    draw_rows(figure, rows, SIDE, {"cmap": "gray_r", "vmin": 0, "vmax": 255})
+    greys = {"cmap": "gray_r", "vmin": 0, "vmax": 1}
+    draw_rows(figure, [(label, levels / WHITE) for label, levels in rows], SIDE, greys)
     save_figure(figure, path)
 
 
