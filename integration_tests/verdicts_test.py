@@ -195,6 +195,8 @@ def test_anomalies_are_what_they_are_called(data_dir):
     assert torch.equal(kinds["inverted"].int() + digits.int(), torch.full((30, 784), 255))
     assert torch.equal(kinds["permuted pixels"].sort(1)[0], digits.sort(1)[0])
     assert torch.equal(kinds["mirrored"].view(30, 28, 28)[:, :, 0], digits[:, 27::28])
+    shifted = kinds["shifted by 4 pixels"].view(30, 28, 28)
+    assert torch.equal(shifted[:, 4:, 4:], digits.view(30, 28, 28)[:, :-4, :-4])
     assert torch.equal(kinds["lower half erased"][:, :392], digits[:, :392])
     assert kinds["lower half erased"][:, 392:].max() == kinds["blank"].max() == 0
     assert (kinds["constant grey"] == kinds["constant grey"][:, :1]).all()
