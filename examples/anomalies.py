@@ -184,7 +184,8 @@ def main(
     # anomalies are made of other digits than those that they are compared with
     kinds = {"digits": images.test[:count], **make_anomalies(images.test[count : 2 * count])}
     typical = evaluate(flow, images.train[:count]).pixels.mean().item()
-    found, finer = {}, {}
+    found: dict[str, Densities] = {}
+    finer: dict[str, Densities] = {}
     for kind, levels in track(kinds.items(), description="log-densities"):
         found[kind] = evaluate(flow, levels)
         with refined(flow):
@@ -195,7 +196,8 @@ def main(
         "|---|---:|" + "---:|" * len(SCORES),
         f"| digits | {found['digits'].bits.mean() / FEATURES:.2f} |" + " |" * len(SCORES),
     ]
-    figures, change = {}, 0.0
+    figures: dict[str, dict[str, float]] = {}
+    change = 0.0
     for kind in list(kinds)[1:]:
         figures[kind] = areas(found["digits"], found[kind], typical)
         again = areas(finer["digits"], finer[kind], typical)
