@@ -367,7 +367,8 @@ def draw_samples(flow: Flow, number: int, seed: int, folder: Path) -> None:
     axes.imshow(mosaic(pixels[:64], SIDE, 8), **GREYS)
     axes.set_axis_off()
     save_figure(figure, folder / "samples.png")
-    np.save(folder / "samples.npy", (pixels * 255).round().byte().numpy())
+    levels = (pixels * LEVELS).floor().clamp(max=LEVELS - 1)  # without the noise of dequantisation
+    np.save(folder / "samples.npy", levels.byte().numpy())
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import math
 import struct
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -23,6 +24,7 @@ from torch.nn import functional as F
 from nflows_mongeampere import tabular
 
 MNIST_FILES = ("train-images-idx3-ubyte", "t10k-images-idx3-ubyte")
+LABEL_FILES = ("train-labels-idx1-ubyte", "t10k-labels-idx1-ubyte")
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,38 @@ def load_mnist(folder: Path | None) -> Images:
             f"--data-dir: got {len(train)} and {len(test)} images in {folder}, expected MNIST's "
             "60000 and 10000"
         )
+    return Images(train[:50_000], train[50_000:], test)
+
+
+def load_labels(folder: Path | None) -> Images:
+    """Which digit each image of :func:`load_mnist` shows, in the same three parts, shape (N,).
+
+    Args:
+        folder: where the IDX files of the labels are, gzipped or not; None to download them.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if one is damaged.
+        OSError: if they cannot be downloaded.
+    """
+    folder = _download() if folder is None else folder
+    parts = []
+    for name, count in zip(LABEL_FILES, (60_000, 10_000), strict=True):
+        path = _find(folder, name)
+        content = path.read_bytes()
+        try:
+            content = gzip.decompress(content) if path.suffix == ".gz" else content
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"--data-dir: {path} is damaged ({error}); fetch it again") from error
+        labels = np.frombuffer(content, np.uint8, offset=min(8, len(content)))
+        if content[:8] != struct.pack(">2i", 0x801, count) or len(labels) != count:
+            raise ValueError(
+                f"--data-dir: {path} is damaged: got {len(content)} bytes that begin with "
+                f"{content[:8].hex()}, expected {count} labels after "
+                f"{struct.pack('>2i', 0x801, count).hex()}; fetch it again"
+            )
+        parts.append(torch.from_numpy(labels.copy()))
+    train, test = parts
     return Images(train[:50_000], train[50_000:], test)
 
 
