@@ -150,7 +150,8 @@ def areas(normal: Densities, anomalies: Densities, typical: float) -> dict[str, 
 def draw(kinds: dict[str, Tensor], found: dict[str, Densities], typical: float, path: Path) -> None:
     """Some images of each kind, and the histogram of their bits."""
     figure = plt.figure(figsize=(11, 0.8 * len(kinds)), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1.2, 1))
+    parts: Any = figure.subfigures(1, 2, width_ratios=(1.2, 1))
+    left, right = parts
     rows = [(kind, images[:SHOWN] / (LEVELS - 1)) for kind, images in kinds.items()]
     draw_rows(left, rows, SIDE, GREYS)
     bits = {kind: (densities.bits / FEATURES).clamp(min=0.01) for kind, densities in found.items()}

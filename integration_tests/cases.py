@@ -108,7 +108,7 @@ def _pixelwise(shape: tuple[int, ...], hidden: int, **keywords: Any) -> Callable
     def build(activation: str) -> Potential:
         potential = PixelwisePotential(shape, hidden, activation=activation, **keywords)
         for parameter in potential.parameters():
-            nn.init.normal_(parameter, std=0.3)
+            nn.init.normal_(parameter, std=0.2)
         return potential
 
     return build

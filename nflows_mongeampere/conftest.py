@@ -134,7 +134,7 @@ def pixelwise(shape: Sequence[int], **options: object) -> PixelwisePotential:
     """Three ridges at every pixel in float64, with numbers that differ."""
     potential = PixelwisePotential(shape, 3, **options).double()  # type: ignore[arg-type]
     for parameter in potential.parameters():
-        nn.init.normal_(parameter, std=0.4)
+        nn.init.normal_(parameter, std=0.6)
     return potential
 
 

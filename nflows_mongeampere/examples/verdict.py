@@ -91,4 +91,5 @@ def nearest(levels: Tensor, train: Tensor) -> tuple[Tensor, Tensor]:
 
 def grey(levels: Tensor) -> NDArray[np.float32]:
     """Grey levels from 0 to 1, as scikit-learn wants them."""
-    return levels.numpy().astype(np.float32) / np.float32(WHITE)
+    greys: NDArray[np.float32] = levels.numpy().astype(np.float32) / np.float32(WHITE)
+    return greys
