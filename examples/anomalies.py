@@ -72,7 +72,7 @@ def make_anomalies(digits: Tensor) -> dict[str, Tensor]:
         "uniform noise": torch.randint(LEVELS, digits.shape, generator=generator),
         "rotated by 90°": images.rot90(1, (1, 2)),
         "mirrored": images.flip(2),
-        "shifted by 4 pixels": images.roll((4, 4), (1, 2)),
+        "shifted by 4 pixels": F.pad(images[:, :-4, :-4], (4, 0, 4, 0)),
         "blurred": torch.from_numpy(blurred).round(),
         "8×8 digits, enlarged": enlarged_digits(len(images)),
         "lower half erased": torch.cat([images[:, :14], torch.zeros_like(images[:, 14:])], 1),
