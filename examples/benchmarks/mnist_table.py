@@ -28,7 +28,12 @@ STEPS_OF_AN_EPOCH = 500
 NAMES = {
     "paper": "Monge-Ampère, as published",
     "fast": "Monge-Ampère behind whitening",
-    "stacked": "Monge-Ampère, convolutional, behind marginals",
+    "coupling": "Monge-Ampère, coupling layers behind whitening",
+    "convolutional": "Monge-Ampère, convolutional, behind marginals",
+    "stacked": "Monge-Ampère, coarse to fine, behind marginals",
+    "deep": "Monge-Ampère, coarse to fine, larger networks",
+    "whitened-spline": "nflows rational-quadratic coupling behind marginals and whitening",
+    "glow": "normflows Glow blocks behind marginals",
     "realnvp": "nflows `SimpleRealNVP` behind whitening",
     "maf": "nflows `MaskedAutoregressiveFlow` behind whitening",
     "spline": "nflows rational-quadratic coupling behind whitening",
