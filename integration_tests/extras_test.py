@@ -13,7 +13,8 @@ from packaging.requirements import Requirement
 tomllib = pytest.importorskip("tomllib")  # Python 3.11
 
 ROOT = Path(__file__).parent.parent
-SHARED = sorted((ROOT / "nflows_mongeampere" / "examples").glob("*.py"))
+FOLDER = ROOT / "nflows_mongeampere" / "examples"
+SHARED = sorted(file for file in FOLDER.glob("*.py") if not file.stem.endswith("_test"))
 FILES = [*sorted((ROOT / "examples").rglob("*.py")), *SHARED]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
