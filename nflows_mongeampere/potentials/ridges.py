@@ -153,7 +153,8 @@ class RidgeDynamics(Dynamics):
 
     @cached_property
     def _room(self) -> tuple[Tensor, ...]:
-        return room(self.state, self.tensors.rows.shape[1])
+        """Room for what a pullback makes of each ridge and point: three numbers."""
+        return self.state.new_empty(3, self.tensors.rows.shape[1], self.state.shape[1]).unbind()
 
 
 class ReducedTensors(NamedTuple):
@@ -239,10 +240,8 @@ class ReducedDynamics(Dynamics):
         s, p = kept
         gram, _, amplitude, curvature, _ = self.tensors
         of_s, of_l = adjoint[: self.coordinates], adjoint[self.coordinates :]
-        force, bend, second = self._room
-        torch.mul(amplitude, of_s, out=force)
-        bent = torch.mul(curvature.T, of_l, out=bend) if len(of_l) else None
-        g = self._activation.pull_back(p, force, bent, second)[0]
+        bend = curvature.T * of_l if len(of_l) else None
+        g, second = self._activation.pull_back(p, amplitude * of_s, bend)
         d_gram, d_origin, d_amplitude, d_curvature, d_speed = gradients
         if d_gram is not None:
             d_gram.addmm_(g, s.T)
@@ -259,10 +258,6 @@ class ReducedDynamics(Dynamics):
     def points(self, state: Tensor) -> Tensor:
         displacement = state[: len(self._weight)].T @ self._weight
         return (self._inputs + displacement.view_as(self._inputs)).contiguous()
-
-    @cached_property
-    def _room(self) -> tuple[Tensor, ...]:
-        return room(self.state, self.coordinates)
 
 
 class ReducedCostDynamics(ReducedDynamics):
@@ -313,11 +308,6 @@ class ReducedCostDynamics(ReducedDynamics):
         gradients: list[Tensor | None],
     ) -> Tensor:
         return Dynamics.pullback(self, t, kept, adjoint, gradients)
-
-
-def room(state: Tensor, ridges: int) -> tuple[Tensor, ...]:
-    """Room for what a pullback makes of each ridge and point: three numbers."""
-    return state.new_empty(3, ridges, state.shape[1]).unbind()
 
 
 @torch.no_grad()
