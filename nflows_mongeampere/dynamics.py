@@ -89,6 +89,10 @@ class Dynamics(ABC):
             rate = self.rate(t, point)
         return rate.detach(), (point, rate)
 
+    def evaluate(self, t: Time, state: Tensor) -> Tensor:
+        """The rate, where nothing goes back through it."""
+        return self.stage(t, state)[0]
+
     def pullback(
         self,
         t: Time,

@@ -53,7 +53,7 @@ class DiscreteAdjoint(torch.autograd.Function):
         ctx: Any, solve: Solve, recompute: bool, state: Tensor, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
         tape = Tape(solve.dynamics)
-        path = solve.march(state, solve.evaluate if recompute else tape.rate)
+        path = solve.march(state, solve.dynamics.evaluate if recompute else tape.rate)
         ctx.solve, ctx.recompute, ctx.path = solve, recompute, path.steps
         ctx.arrivals, ctx.flags = path.arrivals, [_learns(t) for t in solve.dynamics.tensors]
         kept = path.before if recompute else [part for _, k in tape.evaluations for part in k]

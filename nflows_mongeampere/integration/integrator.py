@@ -260,10 +260,6 @@ class Solve:
         """The same solve with other tensors."""
         return replace(self, dynamics=self.dynamics.rebound(tensors))
 
-    def evaluate(self, t: float, y: Tensor) -> Tensor:
-        """The slope at a state, in a form that nothing has to differentiate."""
-        return self.dynamics.stage(t, y)[0]
-
     def march(self, state: Tensor, rate: Rate | None = None) -> Path:
         """Take all steps.
 
@@ -277,7 +273,7 @@ class Solve:
             by_hand = self.dynamics.by_hand and self.method.reversible
             seen = torch.is_grad_enabled() or compiling()
             seen = seen or transformed(state, *self.dynamics.tensors)
-            rate = self.evaluate if by_hand and not seen else self.dynamics.rate
+            rate = self.dynamics.evaluate if by_hand and not seen else self.dynamics.rate
         path, y = Path(), self.method.begin(rate, self.times[0], state)
         self._rates, self._steps = [], path.steps
         advance = self._adaptive if self.method.adaptive else self._fixed

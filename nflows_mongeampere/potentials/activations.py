@@ -19,9 +19,11 @@ class Activation(ABC):
 
     Attributes:
         rise: r in :math:`\sigma''' = (r - 2p)\, \sigma''`, with :math:`p = \sigma'`.
+        scale: :math:`\kappa` in :math:`\sigma(h) = \ln\cosh\kappa h + r \kappa h + const`.
     """
 
     rise: float
+    scale: float
 
     @abstractmethod
     def value(self, h: Tensor) -> Tensor:
@@ -74,7 +76,7 @@ class Activation(ABC):
 class Softplus(Activation):
     r""":math:`\ln(1 + e^h)`: :math:`p = 1/(1 + e^{-h})`, :math:`\sigma'' = p - p^2`."""
 
-    rise = 1.0
+    rise, scale = 1.0, 0.5
 
     def value(self, h: Tensor) -> Tensor:
         # F.softplus is linear beyond a threshold, 2e-9 off the function; this one is not
@@ -94,7 +96,7 @@ class Softplus(Activation):
 class LogCosh(Activation):
     r""":math:`\ln \cosh h`, even in h: :math:`p = \tanh h`, :math:`\sigma'' = 1 - p^2`."""
 
-    rise = 0.0
+    rise, scale = 0.0, 1.0
 
     def value(self, h: Tensor) -> Tensor:
         return -F.logsigmoid(-2 * h) - h - math.log(2)

@@ -56,16 +56,18 @@ class RidgeTensors(NamedTuple):
     r"""What the equations of motion in :math:`x` are made of.
 
     Attributes:
-        rows: :math:`[W \mid b]^T`, shape (D + 1, H).
-        push: :math:`(a \odot W)^T` above a row of zeros, shape (D + 1, H).
-        curvature: :math:`(a \odot r)^T`, shape (1, H).
-        moved: the offset of each point, where it is not the same b for all, shape (H, B), or None.
-        speed: :math:`v`, shape (H, 1), or None.
+        rows: :math:`\kappa [W \mid b]^T`, shape (D + 1, H).
+        push: :math:`\kappa (a \odot W)^T` above two rows of zeros, shape (D + 2, H).
+        bend: :math:`-\kappa^2 (a \odot r)^T`, shape (1, H).
+        drift: the part of the rate that is the same everywhere, shape (D + 2, 1).
+        moved: :math:`\kappa o`, where it is not the same b for all points, shape (H, B), or None.
+        speed: :math:`\kappa v`, shape (H, 1), or None.
     """
 
     rows: Tensor
     push: Tensor
-    curvature: Tensor
+    bend: Tensor
+    drift: Tensor
     moved: Tensor | None
     speed: Tensor | None
 
@@ -73,13 +75,18 @@ class RidgeTensors(NamedTuple):
 class RidgeDynamics(Dynamics):
     r"""The equations of motion of ridges in :math:`x`: the state is :math:`[x; 1; \ell]`.
 
-    .. math:: \dot x = (a \odot W)^T \sigma'(h), \qquad \dot\ell = (a \odot r)^T \sigma''(h),
-              \qquad h = Wx + vt + o.
+    Both activations are :math:`\sigma(h) = \ln\cosh\kappa h + \rho\, \kappa h` and a constant, with
+    :math:`\kappa = 1, \rho = 0` for log-cosh and :math:`\kappa = \frac12, \rho = 1` for softplus.
+    So one hyperbolic tangent, :math:`p = \tanh \kappa h` with :math:`h = Wx + vt + o`, serves both:
 
-    The Jacobian's product with an adjoint :math:`[\lambda; \lambda_\ell]` is :math:`W^T g` with
+    .. math:: \dot x = \kappa (a \odot W)^T (p + \rho), \qquad
+              \dot\ell = \kappa^2 (a \odot r)^T (1 - p^2).
 
-    .. math:: g = \sigma''(h) \odot (a \odot W) \lambda
-                  + \sigma'''(h) \odot (a \odot r) \lambda_\ell^T.
+    The Jacobian's product with an adjoint :math:`[\lambda; \lambda_\ell]` is
+    :math:`\kappa W^T g` with
+
+    .. math:: g = (1 - p^2) \odot \big[\kappa (a \odot W) \lambda
+                  - 2 p \odot \kappa^2 (a \odot r) \lambda_\ell^T\big].
 
     The row of ones makes :math:`Wx + b` a single product, and so the gradients of W and b.
     """
@@ -89,37 +96,51 @@ class RidgeDynamics(Dynamics):
 
     def __init__(self, ridges: Ridges, inputs: Tensor) -> None:
         weight, amplitude, offset, speed, activation = ridges
-        self._activation: Activation = ACTIVATIONS[activation]
+        scale, rise = ACTIVATIONS[activation].scale, ACTIVATIONS[activation].rise
         self._event_shape, self._features = inputs.shape[1:], weight.shape[1]
         self.coordinates = self._features + 1
-        points, columns = inputs.flatten(1).T, weight.T
+        points, columns = inputs.flatten(1).T, scale * weight.T
         zeros = torch.zeros_like(points[:1])
         self.state = torch.cat([points, zeros + 1, zeros])
-        shared = offset.shape[1] == 1
-        push = columns * amplitude
+        shared, offset = offset.shape[1] == 1, scale * offset
+        push, none = columns * amplitude, torch.zeros_like(amplitude)[None]
+        curvature = (columns * push).sum(0, keepdim=True)
         self.tensors = RidgeTensors(
-            torch.cat([columns, offset.T if shared else torch.zeros_like(amplitude)[None]]),
-            torch.cat([push, torch.zeros_like(push[:1])]),
-            (columns * push).sum(0, keepdim=True),
+            torch.cat([columns, offset.T if shared else none]),
+            torch.cat([push, none, none]),
+            -curvature,
+            torch.cat([rise * push, none, curvature]).sum(1, keepdim=True),
             None if shared else offset,
-            None if speed is None else speed[:, None],
+            None if speed is None else scale * speed[:, None],
         )
 
     def rate(self, t: Time, state: Tensor) -> Tensor:
-        return self._evaluate(t, state)[0]
+        p = torch.tanh(self._arguments(t, state[:-1]))
+        rate = torch.addmm(self.tensors.drift, self.tensors.push, p)
+        return torch.cat([rate[:-1], rate[-1:] + self.tensors.bend @ p.square()])
 
     def stage(self, t: Time, state: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return self._evaluate(t, state, in_place=True)
+        p = torch.empty_like(self._room[0])
+        return self._evaluate(t, state, p), (state[:-1], p)
 
-    def _evaluate(
-        self, t: Time, state: Tensor, in_place: bool = False
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        rows, push, curvature, moved, speed = self.tensors
-        x = state[:-1]
-        h = rows.T @ x if moved is None else torch.addmm(moved, rows.T, x)
-        h = h if speed is None else h + speed * t
-        p = self._activation.first(h, out=h if in_place else None)
-        return torch.cat([push @ p, curvature @ self._activation.second(p)]), (x, p)
+    def evaluate(self, t: Time, state: Tensor) -> Tensor:
+        return self._evaluate(t, state, self._room[0])
+
+    def _evaluate(self, t: Time, state: Tensor, p: Tensor) -> Tensor:
+        _, push, bend, drift, _, _ = self.tensors
+        torch.tanh(self._arguments(t, state[:-1], p), out=p)
+        rate = torch.addmm(drift, push, p)
+        rate[-1:].addmm_(bend, torch.mul(p, p, out=self._room[1]))
+        return rate
+
+    def _arguments(self, t: Time, x: Tensor, out: Tensor | None = None) -> Tensor:
+        r""":math:`\kappa h`, shape (H, B)."""
+        rows, moved, speed = self.tensors.rows, self.tensors.moved, self.tensors.speed
+        if moved is None:
+            h = torch.mm(rows.T, x, out=out)
+        else:
+            h = torch.addmm(moved, rows.T, x, out=out)
+        return h if speed is None else torch.add(h, speed * t, out=out)
 
     def pullback(
         self,
@@ -129,19 +150,23 @@ class RidgeDynamics(Dynamics):
         gradients: list[Tensor | None],
     ) -> Tensor:
         x, p = kept
-        rows, push, curvature, _, _ = self.tensors
-        of_x, of_l = adjoint[: self.coordinates], adjoint[self.coordinates :]
-        force, bend, second = self._room
-        torch.mm(push.T, of_x, out=force)
-        bent = torch.mul(curvature.T, of_l, out=bend) if len(of_l) else None
-        g = self._activation.pull_back(p, force, bent, second)[0]
-        d_rows, d_push, d_curvature, d_moved, d_speed = gradients
+        rows, push, bend, _, _, _ = self.tensors
+        d_rows, d_push, d_bend, d_drift, d_moved, d_speed = gradients
+        of_l = adjoint[self.coordinates :]
+        g, room = self._room
+        torch.mm(push[: len(adjoint)].T, adjoint, out=g)
+        if len(of_l):
+            g.addcmul_(torch.mul(bend.T, of_l, out=room), p, value=2)
+        square = torch.mul(p, p, out=room)
+        g.addcmul_(g, square, value=-1)
         if d_rows is not None:
             d_rows.addmm_(x, g.T)
         if d_push is not None:
-            d_push.addmm_(of_x, p.T)
-        if d_curvature is not None and len(of_l):
-            d_curvature.addmm_(of_l, second.T)
+            d_push[: len(adjoint)].addmm_(adjoint, p.T)
+        if d_bend is not None and len(of_l):
+            d_bend.addmm_(of_l, square.T)
+        if d_drift is not None:
+            d_drift[: len(adjoint)].add_(adjoint.sum(1, keepdim=True))
         if d_moved is not None:
             d_moved.add_(g)
         if d_speed is not None:
@@ -153,8 +178,8 @@ class RidgeDynamics(Dynamics):
 
     @cached_property
     def _room(self) -> tuple[Tensor, ...]:
-        """Room for what a pullback makes of each ridge and point: three numbers."""
-        return self.state.new_empty(3, self.tensors.rows.shape[1], self.state.shape[1]).unbind()
+        """Room for what an evaluation makes of each ridge and point and does not keep."""
+        return self.state.new_empty(2, self.tensors.rows.shape[1], self.state.shape[1]).unbind()
 
 
 class ReducedTensors(NamedTuple):
