@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from nflows_mongeampere import validation
 from nflows_mongeampere.convergence import converged
+from nflows_mongeampere.differentiation import compiling, transformed
 from nflows_mongeampere.flow import Noise
 from nflows_mongeampere.groups import Group, lattice_shape
 from nflows_mongeampere.modes import LatticeModes
@@ -56,6 +57,56 @@ SETTLED, JUDGED = 2e-3, 200
 FIRST, SHORTEST = 0.3, 6
 
 
+class Chebyshev(nn.Module):
+    r"""Chebyshev polynomials of a parameter, as the context of what depends on it smoothly.
+
+    .. math:: T_n(\cos\theta) = \cos n\theta, \quad n = 1 \ldots N, \qquad
+              \cos\theta = \frac{2c - a - b}{b - a}
+
+    Args:
+        between: a and b.
+        degree: N.
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit.
+    """
+
+    def __init__(self, between: Sequence[float], degree: int) -> None:
+        super().__init__()
+        fits = isinstance(between, Sequence) and not isinstance(between, str)
+        expected = "two numbers, the lowest and the highest value of the parameter"
+        validation.kind("between", between, fits and len(between) == 2, expected)
+        low, high = (validation.number(f"between[{i}]", end) for i, end in enumerate(between))
+        if not low < high:
+            raise ValueError(f"between: got {(low, high)}, expected the lower value first")
+        self.between, self.degree = (low, high), validation.integer("degree", degree)
+
+    @property
+    def nodes(self) -> list[float]:
+        """The N + 1 values at which a polynomial of degree N is found best."""
+        (low, high), count = self.between, self.degree + 1
+        angles = [math.pi * (i + 0.5) / count for i in range(count)]
+        return [(low + high) / 2 - (high - low) / 2 * math.cos(angle) for angle in angles]
+
+    def grid(self, count: int) -> Tensor:
+        """Values that are spread evenly between the ends, shape (count, 1)."""
+        return torch.linspace(*self.between, count)[:, None]
+
+    def forward(self, context: Tensor) -> Tensor:
+        """The polynomials of values of shape (C, 1), shape (C, N)."""
+        low, high = self.between
+        place = (2 * context - low - high) / (high - low)
+        if not compiling() and not transformed(context) and bool((place.abs() > 1 + 1e-5).any()):
+            raise ValueError(
+                f"context: got values from {context.min():g} to {context.max():g}, expected them "
+                f"between {low:g} and {high:g}, for which the flow was built"
+            )
+        polynomials = [torch.ones_like(place), place]
+        for _ in range(self.degree - 1):
+            polynomials.append(2 * place * polynomials[-1] - polynomials[-2])
+        return torch.cat(polynomials[1:], dim=1)
+
+
 class LatticeFlow(Flow):
     r"""A flow for fields on a periodic lattice, with the symmetries of the lattice exactly.
 
@@ -72,7 +123,10 @@ class LatticeFlow(Flow):
             too.
         group: the symmetries besides translations (and the sign), which keep the first site; the
             point group of the lattice unless given.
-        context_features: width of the context, or None.
+        between: the lowest and the highest value of a parameter of the action, such as a
+            temperature, for all of which this is one flow: the context is that parameter, shape
+            (C, 1). Or None, for a flow without context.
+        degree: of the polynomials in the parameter by which scales and amplitudes depend on it.
         **transport: ``time``, ``steps``, ``solver``, ... as in
             :class:`~nflows_mongeampere.MongeAmpereTransform`; ``steps`` is 1 unless given.
 
@@ -96,11 +150,14 @@ class LatticeFlow(Flow):
         powers: int = 3,
         even: bool = True,
         group: Group | None = None,
-        context_features: int | None = None,
+        between: Sequence[float] | None = None,
+        degree: int = 4,
         **transport: Any,
     ) -> None:
         sides = lattice_shape("shape", shape)
         group = lattice_group(sides, group)
+        parameter = None if between is None else Chebyshev(between, degree)
+        context_features = None if parameter is None else parameter.degree
         settings: dict[str, Any] = {"powers": powers, "even": even, "group": group}
         count = validation.integer("pieces", pieces)
         transforms = [
@@ -110,9 +167,9 @@ class LatticeFlow(Flow):
             )
             for _ in range(count)
         ]
-        modes = LatticeModes(torch.zeros(sides), None if even else 0.0, group)
+        modes = LatticeModes(torch.zeros(sides), None if even else 0.0, group, context_features)
         base = Noise([math.prod(sides)], modes)
-        super().__init__(CompositeTransform([modes, *transforms]), base)
+        super().__init__(CompositeTransform([modes, *transforms]), base, parameter)
 
     @classmethod
     def towards(cls, target: Any, **settings: Any) -> LatticeFlow:
@@ -120,30 +177,66 @@ class LatticeFlow(Flow):
 
         Args:
             target: a :class:`~nflows_mongeampere.targets.LatticeAction`, or any object with
-                ``log_prob`` and the ``shape`` of the lattice.
+                ``log_prob`` and the ``shape`` of the lattice. Its ``log_prob`` takes the parameter
+                of each field as ``context`` where the flow is for a range of it (``between``).
             **settings: of the class, other than ``shape``, ``even`` and ``group``.
 
         Raises:
             TypeError: if ``target`` lacks one of these.
             ValueError: if translations change its log-density, or it is NaN or infinite.
         """
-        found = symmetries(target)
-        flow = cls(_shape(target), even=found.even, group=found.group, **settings)
-        flow.start(*best_gaussian(target, found))
+        shape, between = _shape(target), settings.get("between")
+        degree = settings.get("degree", 4)
+        found = symmetries(target, [] if between is None else Chebyshev(between, degree).nodes)
+        flow = cls(shape, even=found.even, group=found.group, **settings)
+        flow.start(*flow.best_gaussian(target))
         return flow
 
+    def best_gaussian(self, target: Any) -> tuple[Tensor, Tensor]:
+        """The best Gaussian of a target, in the form that :meth:`start` takes."""
+        found = Symmetries(self.modes.mean is None, self.group)
+        if self.parameter is None:
+            log_scale, mean = best_gaussian(target, found)
+            return log_scale[None], torch.tensor([mean])
+        nodes = self.parameter.nodes
+        each = [best_gaussian(_Fixed(target, node), found) for node in nodes]
+        polynomials = self.parameter(torch.tensor(nodes)[:, None])
+        basis = torch.cat([torch.ones_like(polynomials[:, :1]), polynomials], 1)
+        log_scale = torch.stack([scale for scale, _ in each])
+        means = torch.tensor([mean for _, mean in each])
+        through = torch.linalg.inv(basis)
+        return torch.tensordot(through, log_scale, 1), through @ means
+
     @torch.no_grad()
-    def start(self, log_scale: Tensor, mean: float = 0.0) -> None:
+    def start(self, log_scale: Tensor, mean: Tensor) -> None:
         """Start at a Gaussian.
 
         Args:
-            log_scale: logarithms of the standard deviations of the Fourier modes, in the shape of
-                the lattice.
-            mean: of all sites; ignored by an even flow.
+            log_scale: logarithms of the standard deviations of the Fourier modes, shape (N + 1,
+                \\*shape): the coefficients of the polynomials in the parameter, of which the first
+                is 1. N is 0 where there is no parameter.
+            mean: of all sites, in the same way, shape (N + 1,); ignored by an even flow.
         """
-        self.modes.log_scale = log_scale  # type: ignore[assignment]
+        self.scales = log_scale
         if self.modes.mean is not None:
-            self.modes.mean.fill_(mean)
+            self.modes.mean.copy_(mean[0])
+        if self.modes.context_mean is not None:
+            self.modes.context_mean.copy_(mean[1:])
+
+    @property
+    def scales(self) -> Tensor:
+        """The logarithms of the scales of the modes, as :meth:`start` takes them."""
+        modes = self.modes
+        constant: Tensor = modes.log_scale[None]
+        if modes.context_weight is None:
+            return constant
+        return torch.cat([constant, modes.context_weight])
+
+    @scales.setter
+    def scales(self, log_scale: Tensor) -> None:
+        self.modes.log_scale = log_scale[0]  # type: ignore[assignment]
+        if self.modes.context_weight is not None:
+            self.modes.context_weight = log_scale[1:]  # type: ignore[assignment]
 
     def resized(self, shape: Sequence[int], group: Group | None = None) -> LatticeFlow:
         """A new flow with the settings of this one, for a lattice of another shape.
@@ -164,13 +257,15 @@ class LatticeFlow(Flow):
 
         Args:
             smaller: a flow with the same settings.
-            correction: of the logarithms of the scales of the smaller lattice against its best
-                Gaussian, in the shape of that lattice; added to the scales here.
+            correction: of :attr:`scales` of the smaller flow against its best Gaussian; added to
+                the scales here.
         """
-        added = _interpolated(correction, self.shape)
-        self.modes.log_scale = self.modes.log_scale + added  # type: ignore[assignment]
-        if self.modes.mean is not None and smaller.modes.mean is not None:
-            self.modes.mean.copy_(smaller.modes.mean)
+        added = [_interpolated(part, self.shape) for part in correction]
+        self.scales = self.scales + torch.stack(added)
+        for name in ("mean", "context_mean"):
+            mine, learnt = getattr(self.modes, name), getattr(smaller.modes, name)
+            if mine is not None:
+                mine.copy_(learnt)
         for piece, learnt in zip(self.pieces, smaller.pieces, strict=True):
             mine, other = piece.potential, learnt.potential
             assert isinstance(other, LatticePotential)
@@ -197,6 +292,12 @@ class LatticeFlow(Flow):
         return shape
 
     @property
+    def parameter(self) -> Chebyshev | None:
+        """The parameter that is the context, or None."""
+        net: nn.Module = self._embedding_net
+        return net if isinstance(net, Chebyshev) else None
+
+    @property
     def group(self) -> Group:
         """The symmetries besides translations and the sign."""
         return self.modes.group
@@ -211,6 +312,9 @@ class LatticeFlow(Flow):
         """The arguments that build a flow like this one, without what it has learnt."""
         transport = self.pieces[0].arguments()
         potential = transport.pop("potential").arguments()
+        degree = potential.pop("context_features")
+        if self.parameter is not None:
+            potential |= {"between": self.parameter.between, "degree": degree}
         return {**potential, "pieces": len(self.pieces), **transport}
 
 
@@ -226,12 +330,23 @@ class Symmetries(NamedTuple):
     group: Group
 
 
+class _Fixed:
+    """A target at one value of its parameter."""
+
+    def __init__(self, target: Any, value: float) -> None:
+        self.shape, self._target, self._value = _shape(target), target, value
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        return target_log_prob(self._target, x, x.new_full((len(x), 1), self._value))
+
+
 @torch.no_grad()
-def symmetries(target: Any) -> Symmetries:
+def symmetries(target: Any, parameters: Sequence[float] = ()) -> Symmetries:
     """Find the symmetries of a target, by its log-density at a few random fields.
 
     Args:
         target: an object with ``log_prob`` and ``shape``.
+        parameters: values of its parameter, at all of which they hold; none where it has none.
 
     Raises:
         TypeError: if ``target`` lacks one of these.
@@ -240,10 +355,15 @@ def symmetries(target: Any) -> Symmetries:
     shape = _shape(target)
     generator = torch.Generator().manual_seed(0)
     fields = torch.randn(4, *shape, generator=generator)
-    expected = target_log_prob(target, fields.flatten(1))
+    members = [_Fixed(target, value) for value in parameters] or [target]
+
+    def log_probs(fields: Tensor) -> Tensor:
+        return torch.stack([target_log_prob(member, fields.flatten(1)) for member in members])
+
+    expected = log_probs(fields)
 
     def kept(images: Tensor) -> bool:
-        found = target_log_prob(target, images.flatten(1))
+        found = log_probs(images)
         return bool(((found - expected).abs() <= SAME * (1 + expected.abs())).all())
 
     for dimension in range(1, len(shape) + 1):
@@ -403,30 +523,35 @@ def train(
     even = all(side % 2 == 0 for side in shape) and min(half) >= SHORTEST
     if smaller_first and flow.new and even and hasattr(target, "resized"):
         below = target.resized(half)
-        found = symmetries(below)
-        smaller = flow.resized(half, found.group)
-        log_scale, mean = best_gaussian(below, found)
+        nodes = [] if flow.parameter is None else flow.parameter.nodes
+        smaller = flow.resized(half, symmetries(below, nodes).group)
+        log_scale, mean = smaller.best_gaussian(below)
         smaller.start(log_scale, mean)
         first = None if minutes is None else FIRST * minutes
         place = folder / "x".join(map(str, half))
         train(smaller, below, place, minutes=first, steps=steps, name=place.name, **settings)
-        flow.adopt(smaller, smaller.modes.log_scale - log_scale)
+        flow.adopt(smaller, smaller.scales - log_scale)
         budget = None if minutes is None else (1 - FIRST) * minutes
+    # without a parameter batches only count the steps: the flow draws its fields itself
+    each, context = num_samples, None
+    batches, few = torch.zeros(num_samples, 1), torch.zeros(4, 1)
+    if flow.parameter is not None:
+        each, context = 1, flow.parameter.grid(JUDGED)
+        batches, few = flow.parameter.grid(64 * num_samples), flow.parameter.grid(4 * num_samples)
     objective = ReverseKL(
         flow.train(),
         target,
-        num_samples=num_samples,
+        num_samples=each,
         path_gradient=path_gradient,
         optimizer=partial(make_optimizer, learning_rate=learning_rate),
         steps=steps,
         minutes=budget,
         seed=seed,
     )
-    ticks = torch.zeros(num_samples, 1)  # the flow draws its batches itself
     history = fit(
         objective,
-        endless(EndlessBatches(ticks, num_samples), INTERVAL),
-        DataLoader(TensorDataset(ticks[:4]), batch_size=1),
+        endless(EndlessBatches(batches, num_samples), INTERVAL),
+        DataLoader(TensorDataset(few), batch_size=len(few) // 4),
         folder,
         name=name,
         callbacks=[SolverGuard(GUARDED * max(64, math.prod(shape)))],
@@ -435,7 +560,11 @@ def train(
     restore(objective, Path(folder) / "last.ckpt")
     flow.cpu().eval()
     torch.manual_seed(seed)
-    settled = converged(flow, lambda: weigh(flow, target, JUDGED).free_energy.value, SETTLED)
+    settled = converged(
+        flow,
+        lambda: weigh(flow, target, JUDGED, context=context).free_energy.value,
+        SETTLED,
+    )
     for piece in flow.pieces:
         piece.steps *= settled.factor
     return history

@@ -155,7 +155,7 @@ def test_what_a_smaller_lattice_has_learnt_is_the_same_potential():
     for piece in small.pieces:
         kernel = piece.potential.weight.detach().view(-1, 6, 6)
         kernel[:, 3], kernel[:, :, 3] = 0, 0  # halfway round, where left and right meet
-    large.adopt(small, torch.zeros(6, 6, dtype=torch.float64))
+    large.adopt(small, torch.zeros(1, 6, 6, dtype=torch.float64))
     x = torch.randn(2, 6, 6, dtype=torch.float64)
     for mine, other in zip(large.pieces, small.pieces, strict=True):
         tiled = mine.potential(x.repeat(1, 2, 2).flatten(1))
@@ -206,6 +206,10 @@ def test_other_mistakes_name_the_argument():
         LatticeFlow((4, 4), group="square")
     with pytest.raises(ValueError, match=r"^pieces: got 0"):
         LatticeFlow((4, 4), pieces=0)
+    with pytest.raises(ValueError, match=r"^between: got \(3.0, 2.0\), expected the lower"):
+        LatticeFlow((4, 4), between=(3.0, 2.0))
+    with pytest.raises(TypeError, match=r"^between: got 3"):
+        LatticeFlow((4, 4), between=3)
     with pytest.raises(ValueError, match=r"^target: no Gaussian|^action: got NaN or minus"):
         LatticeFlow.towards(LatticeAction((2, 2), lambda phi: -phi.pow(4).sum((1, 2))))
     assert isinstance(LatticeFlow((2, 2)).group, Group)
@@ -261,6 +265,62 @@ def test_the_xy_model_against_quadrature(tmp_path):
     )
     assert abs(found.value + shift - exact) < 4 * found.error
     assert found.error < 0.01
+
+
+def test_one_flow_for_a_range_of_temperatures(tmp_path):
+    """Exact where it is weighed, at temperatures that it was not fitted to."""
+    target, between = Ising(4), (2.0, 3.5)
+    torch.manual_seed(0)
+    flow = LatticeFlow.towards(target, pieces=3, between=between, degree=3)
+    start = flow.scales
+    for node in flow.parameter.nodes:  # a polynomial through the best Gaussians
+        polynomials = torch.cat([torch.ones(1, 1), flow.parameter(torch.tensor([[node]]))], 1)
+        expected, _ = best_gaussian(Ising(4, node))
+        torch.testing.assert_close(torch.tensordot(polynomials, start, 1)[0], expected)
+    train(flow, target, tmp_path, steps=80)
+    for temperature in (2.1, 2.7, 3.4):
+        exact = Ising(4, temperature).free_energy * 16
+        samples = weigh(flow, target, 2000, context=torch.tensor([[temperature]]))
+        found = samples.corrected_free_energy
+        assert abs(found.value - exact) < 4 * found.error
+        assert samples.effective_sample_size > 0.4
+        assert 0 < samples.free_energy.value - exact < 0.5
+    with pytest.raises(
+        ValueError, match=r"^context: got values from 2 to 5, expected them between"
+    ):
+        flow.log_prob(torch.zeros(2, 16), context=torch.tensor([[2.0], [5.0]]))
+
+
+def test_a_range_that_breaks_a_symmetry_at_one_end(tmp_path):
+    """An action is even only where its parameter is zero, and the flow has a mean that moves."""
+
+    def tilted(phi: Tensor, field: Tensor) -> Tensor:
+        return free(phi) + (field * phi).sum((1, 2))
+
+    target = LatticeAction((4, 4), tilted, parameter=0.0)
+    assert symmetries(target).even
+    flow = LatticeFlow.towards(target, pieces=1, between=(-1.0, 2.0), degree=2)
+    fields = torch.tensor([[-1.0], [0.5], [2.0]])
+    x = flow.sample(4000, context=fields)
+    torch.testing.assert_close(x.mean((1, 2)), -fields[:, 0] / 2, rtol=0, atol=0.03)
+    files.save(flow, tmp_path / "flow.safetensors")
+    loaded = files.load(tmp_path / "flow.safetensors")
+    assert loaded.arguments().keys() == flow.arguments().keys()
+    expected = flow.log_prob(x[:, 0], context=fields)
+    torch.testing.assert_close(loaded.log_prob(x[:, 0], context=fields), expected)
+    torch.testing.assert_close(  # the flow is the Gaussian, which is the density
+        expected - target.log_prob(x[:, 0], context=fields),
+        -free_log_partition(fields),
+        rtol=0,
+        atol=0.3,
+    )
+
+
+def free_log_partition(fields: Tensor) -> Tensor:
+    """Of 16 sites with bonds and a mass, in a field."""
+    wave = (2 * math.pi * torch.arange(4) / 4).cos()
+    precision = 2 * (4 - 2 * wave[:, None] - 2 * wave) + 2
+    return 0.5 * (2 * math.pi / precision).log().sum() + 16 * fields[:, 0].square() / 4
 
 
 def test_a_trained_flow_takes_enough_steps(tmp_path):

@@ -20,8 +20,9 @@ class LatticeModes(Transform):
     .. math:: \hat x_k \mapsto e^{-s_k} (\widehat{x - m})_k, \qquad
               \ln\left|\frac{dz}{dx}\right| = -\sum_k s_k,
 
-    with one scale :math:`s_k` for each mode and one mean m for all sites. They are learned with the
-    point group of the lattice: modes that a rotation or reflection exchanges have the same scale.
+    with one scale :math:`s_k` for each mode and one mean m for all sites; in a context c they are
+    :math:`s_k + V_k \cdot c` and :math:`m + v \cdot c`. They are learned with the point group of
+    the lattice: modes that a rotation or reflection exchanges have the same scale.
     Before a standard normal it makes the Gaussian whose modes have the variances :math:`e^{2 s_k}`,
     which is any Gaussian with the symmetries of the lattice: its covariance is circulant, and the
     Fourier transform diagonalises it.
@@ -34,6 +35,13 @@ class LatticeModes(Transform):
             :func:`torch.fft.fftn`; what the group does not leave alone is averaged.
         mean: m at the start, or None for a mean that stays zero.
         group: which modes have the same scale; the point group of the lattice unless given.
+        context_features: width of the context, or None.
+
+    Attributes:
+        log_scale: s.
+        mean: m, or None.
+        context_weight: V, shape (E, L, M, ...), zero at the start, or None.
+        context_mean: v, shape (E,), zero at the start, or None.
 
     Raises:
         TypeError: if ``log_scale`` is no tensor of floating-point numbers.
@@ -50,7 +58,11 @@ class LatticeModes(Transform):
     """
 
     def __init__(
-        self, log_scale: Tensor, mean: float | None = None, group: Group | None = None
+        self,
+        log_scale: Tensor,
+        mean: float | None = None,
+        group: Group | None = None,
+        context_features: int | None = None,
     ) -> None:
         super().__init__()
         fits = isinstance(log_scale, Tensor) and log_scale.is_floating_point()
@@ -60,31 +72,59 @@ class LatticeModes(Transform):
         self.log_scale = nn.Parameter(log_scale.detach().clone())
         register_parametrization(self, "log_scale", Average(self.group))
         self.mean: nn.Parameter | None = None
+        self.context_mean: nn.Parameter | None = None
+        self.context_weight: nn.Parameter | None = None
         if mean is not None:
             self.mean = nn.Parameter(log_scale.new_tensor(validation.number("mean", mean)))
+        if context_features is not None:
+            context_features = validation.integer("context_features", context_features)
+            changes = log_scale.new_zeros(context_features, *log_scale.shape)
+            self.context_weight = nn.Parameter(changes)
+            register_parametrization(self, "context_weight", Average(self.group))
+            if mean is not None:
+                self.context_mean = nn.Parameter(log_scale.new_zeros(context_features))
+        self.context_features = context_features
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         r"""Data to noise.
 
         Args:
             inputs: fields, shape (B, ...) with a number for each site in each row, in C order.
-            context: ignored.
+            context: shape (B, E) where the scales depend on it; else ignored.
 
         Returns:
             Noise in the shape of ``inputs``, and :math:`\ln|dz/dx|` in nats, shape (B,).
         """
-        centred = inputs if self.mean is None else inputs - self.mean
-        return self._stretch(centred, -self.log_scale)
+        log_scale, mean = self._of(context)
+        centred = inputs if mean is None else inputs - mean.view(-1, *[1] * (inputs.dim() - 1))
+        return self._stretch(centred, -log_scale)
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         r"""Noise to data, with :math:`\ln|dx/dz|`; arguments as in :meth:`forward`."""
-        outputs, logabsdet = self._stretch(inputs, self.log_scale)
-        return outputs if self.mean is None else outputs + self.mean, logabsdet
+        log_scale, mean = self._of(context)
+        outputs, logabsdet = self._stretch(inputs, log_scale)
+        if mean is not None:
+            outputs = outputs + mean.view(-1, *[1] * (inputs.dim() - 1))
+        return outputs, logabsdet
+
+    def _of(self, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Scales of shape (1 or B, L, M, ...) and means of shape (1 or B,)."""
+        log_scale, mean = self.log_scale[None], None if self.mean is None else self.mean[None]
+        if self.context_weight is None:
+            return log_scale, mean
+        if context is None:
+            raise ValueError(
+                f"context: got None, expected a tensor of shape (B, {self.context_features})"
+            )
+        log_scale = log_scale + torch.tensordot(context, self.context_weight, 1)
+        if mean is not None and self.context_mean is not None:
+            mean = mean + context @ self.context_mean
+        return log_scale, mean
 
     def _stretch(self, inputs: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
-        sides = log_scale.shape
+        sides = log_scale.shape[1:]
         dims = tuple(range(-len(sides), 0))
         modes = torch.fft.rfftn(inputs.reshape(-1, *sides), dim=dims)
         modes = modes * log_scale.exp()[..., : modes.shape[-1]]
         outputs = torch.fft.irfftn(modes, s=sides, dim=dims).view_as(inputs)
-        return outputs, log_scale.sum().expand(len(inputs))
+        return outputs, log_scale.flatten(1).sum(1).expand(len(inputs))

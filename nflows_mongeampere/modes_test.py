@@ -41,6 +41,24 @@ def test_the_density_is_the_gaussian_of_its_spectrum():
     torch.testing.assert_close(found, expected)
 
 
+def test_scales_and_mean_move_with_the_context():
+    """Each row is stretched by the transform of its own context."""
+    modes = LatticeModes(torch.randn(3, 4).double(), mean=0.3, context_features=2)
+    torch.nn.init.normal_(modes.context_mean)
+    modes.context_weight = torch.randn(2, 3, 4).double()
+    x, context = torch.randn(5, 12).double(), torch.randn(5, 2).double()
+    outputs, logabsdet = modes(x, context)
+    for i, c in enumerate(context):
+        log_scale = modes.log_scale + torch.tensordot(c, modes.context_weight, 1)
+        fixed = LatticeModes(log_scale, mean=(modes.mean + c @ modes.context_mean).item())
+        torch.testing.assert_close((outputs[i : i + 1], logabsdet[i : i + 1]), fixed(x[i : i + 1]))
+    torch.testing.assert_close(modes.inverse(outputs, context), (x, -logabsdet))
+    with pytest.raises(
+        ValueError, match=r"^context: got None, expected a tensor of shape \(B, 2\)"
+    ):
+        modes(x)
+
+
 def test_mistakes_name_the_argument():
     with pytest.raises(TypeError, match=r"^log_scale: got a tensor of shape \(\), torch.float32"):
         LatticeModes(torch.zeros(()))

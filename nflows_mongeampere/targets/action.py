@@ -23,6 +23,9 @@ class LatticeAction(Target):
         action: S, a function or module that maps fields of shape (B, \*shape) to their actions,
             shape (B,), real and in nats, with operations of torch. It is tried on a few standard
             normal fields.
+        parameter: the value of a parameter, such as a coupling, that the action takes as its second
+            argument, a tensor of shape (B, 1, ..., 1) beside fields; or None where it takes none.
+            A context gives each field a value of its own.
 
     Attributes:
         sites: the number of sites.
@@ -41,13 +44,19 @@ class LatticeAction(Target):
         tensor([-24., -24.])
     """
 
-    def __init__(self, shape: Sequence[int], action: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self,
+        shape: Sequence[int],
+        action: Callable[..., Tensor],
+        parameter: float | None = None,
+    ) -> None:
         super().__init__()
         self.shape = lattice_shape("shape", shape)
         self.sites = math.prod(self.shape)
         expected = "a function from fields of shape (B, *shape) to actions of shape (B,)"
         validation.kind("action", action, callable(action), expected)
         self.action = action
+        self.parameter = None if parameter is None else validation.number("parameter", parameter)
         generator = torch.Generator().manual_seed(0)
         log_prob = self.log_prob(torch.randn(PROBES, self.sites, generator=generator))
         if not bool(log_prob.isfinite().all()):
@@ -56,8 +65,12 @@ class LatticeAction(Target):
                 "rise steadily, or change the units of the field"
             )
 
-    def log_prob(self, x: Tensor) -> Tensor:
-        r""":math:`-S(\phi)`, shape (B,), of fields of D sites in any shape (B, ...).
+    def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        r""":math:`-S(\phi)`, shape (B,).
+
+        Args:
+            x: fields of D sites, in any shape (B, ...).
+            context: the parameter for each of them, shape (B, 1), or None for its value here.
 
         Raises:
             ValueError: if the action is NaN, not bounded below, or not real, or has another shape.
@@ -68,10 +81,14 @@ class LatticeAction(Target):
                 f"x: got shape {tuple(x.shape)}, expected (B, {self.sites}), a number for each "
                 f"site of {self.shape}"
             )
+        fields, given = x.reshape(-1, *self.shape), []
+        if self.parameter is not None:
+            value = fields.new_full((len(x), 1), self.parameter) if context is None else context
+            given = [value.view(-1, *[1] * len(self.shape))]
         action = validation.returned(
             "action",
             self.action,
-            self.action(x.reshape(-1, *self.shape)),
+            self.action(fields, *given),
             x.shape[:1],
             "the action of each field, a real number",
         )
@@ -85,7 +102,7 @@ class LatticeAction(Target):
 
     def resized(self, shape: Sequence[int]) -> LatticeAction:
         """The same action on a lattice of another shape."""
-        return LatticeAction(shape, self.action)
+        return LatticeAction(shape, self.action, self.parameter)
 
     def extra_repr(self) -> str:
         name = getattr(self.action, "__name__", type(self.action).__name__)

@@ -104,14 +104,24 @@ class Ising(Lattice):
         self.register_buffer("_vectors", vectors, persistent=False)
         self.register_buffer("_eigenvalues", coupling + self.alpha, persistent=False)
 
-    def log_prob(self, x: Tensor) -> Tensor:
-        r""":math:`\ln \pi(x)`, not normalised, shape (B,), of fields x of shape (B, L²)."""
-        field = self.field(x)
+    def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        r""":math:`\ln \pi(x)`, not normalised, shape (B,).
+
+        Args:
+            x: fields, shape (B, L²).
+            context: a temperature for each of them, shape (B, 1), or None for that of the model.
+        """
+        field, eigenvalues = self.field(x), self._eigenvalues
+        h: float | Tensor = self.h
+        if context is not None:
+            ratio = self.temperature / context.view(-1, 1, 1)
+            eigenvalues = SMALLEST_EIGENVALUE + ratio * (eigenvalues - SMALLEST_EIGENVALUE)
+            h = ratio * h
         vectors = self._vectors.to(field)
         modes: Tensor = vectors.T @ field @ vectors
-        gaussian = -0.5 * (modes.square() / self._eigenvalues.to(field)).flatten(1).sum(1)
+        gaussian = -0.5 * (modes.square() / eigenvalues.to(field)).flatten(1).sum(1)
         # ln cosh x = |x| + ln(1 + e^(-2|x|)) - ln 2
-        size = (field + self.h).abs()
+        size = (field + h).abs()
         logcosh = size + F.softplus(-2 * size) - math.log(2)
         return self.vanishing(gaussian + logcosh.flatten(1).sum(1))
 

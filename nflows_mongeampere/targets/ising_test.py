@@ -101,6 +101,16 @@ def test_free_energy_of_critical_lattices(length, expected):
     assert Ising(length).free_energy == pytest.approx(expected, abs=1e-10)
 
 
+def test_a_temperature_for_each_field():
+    target = Ising(4, couplings=(1.0, -0.5), field=0.3)
+    x, temperatures = torch.randn(3, 16), torch.tensor([[1.0], [2.5], [7.0]])
+    expected = [
+        Ising(4, float(t), couplings=(1.0, -0.5), field=0.3).log_prob(row[None])
+        for row, t in zip(x, temperatures, strict=True)
+    ]
+    torch.testing.assert_close(target.log_prob(x, context=temperatures), torch.cat(expected))
+
+
 @pytest.mark.parametrize("temperature", [1e-3, 0.05, 0.5, CRITICAL_TEMPERATURE, 10.0, 1e3])
 def test_free_energy_does_not_overflow(temperature):
     values = [Ising(length, temperature).free_energy for length in (64, 128)]

@@ -377,7 +377,7 @@ class ReverseKL(Objective):
 
     def _path_losses(self, batch: Any) -> Tensor:
         """The losses, with the gradient along the path of the samples alone."""
-        scored = None if self._conditional else sample_with_score(self.flow, self.num_samples)
+        scored = sample_with_score(self.flow, self.num_samples, self._context(batch))
         if scored is None:
             x, log_q = self._draw(batch)
             if finite(x):

@@ -10,6 +10,7 @@ from nflows.transforms import CompositeTransform, InverseTransform
 from torch import Tensor, nn
 
 from nflows_mongeampere.transport import Transport
+from nflows_mongeampere.variational import rows_for
 
 
 class Scored(NamedTuple):
@@ -26,7 +27,7 @@ class Scored(NamedTuple):
     score: Tensor
 
 
-def sample_with_score(flow: nn.Module, num_samples: int) -> Scored | None:
+def sample_with_score(flow: Any, num_samples: int, context: Tensor | None = None) -> Scored | None:
     r"""Samples with their score, in one solve for each Monge-Ampère flow.
 
     A Monge-Ampère flow carries the score along its path
@@ -35,8 +36,9 @@ def sample_with_score(flow: nn.Module, num_samples: int) -> Scored | None:
     :math:`\nabla \ln q(x) = J_{g^{-1}}^T \nabla \ln q(z) + \nabla \ln|\det J_{g^{-1}}|`.
 
     Args:
-        flow: an unconditional flow of nflows or model of normflows.
-        num_samples: N.
+        flow: a flow of nflows, or an unconditional model of normflows.
+        num_samples: N, for each row of context where there is one.
+        context: what the flow is conditioned on, shape (C, ...), or None.
 
     Returns:
         The samples, or None where some Monge-Ampère flow cannot carry the score.
@@ -44,19 +46,26 @@ def sample_with_score(flow: nn.Module, num_samples: int) -> Scored | None:
     layers = [*layers_towards_data(flow)]
     if not all(layer.carries_score for layer, _ in layers if isinstance(layer, Transport)):
         return None
-    state = _base(flow, num_samples)
+    if context is None:
+        base = flow._distribution if hasattr(flow, "_distribution") else flow.q0
+        z = base.sample(num_samples) if hasattr(flow, "_distribution") else base(num_samples)[0]
+        state = _start(base, z)
+    elif hasattr(flow, "_embedding_net"):
+        embedded = flow._embedding_net(context)
+        context = rows_for(embedded, len(embedded) * num_samples)
+        z = flow._distribution.sample(num_samples, context=embedded).flatten(0, 1)
+        state = _start(flow._distribution, z, context)
+    else:
+        return None
     for layer, forward in layers:
-        state = _carry(layer, forward, state)
+        state = _carry(layer, forward, state, context)
     return state
 
 
-def _base(flow: Any, num_samples: int) -> Scored:
+def _start(base: Any, z: Tensor, *context: Tensor) -> Scored:
     """Samples of the base distribution, with their log-density and score."""
-    nflows = hasattr(flow, "_distribution")
-    base = flow._distribution if nflows else flow.q0
-    z = base.sample(num_samples) if nflows else base(num_samples)[0]
     point = z.detach().requires_grad_()
-    log_prob = base.log_prob(point)
+    log_prob = base.log_prob(point, *context)
     (score,) = torch.autograd.grad(log_prob.sum(), point)
     return Scored(z, log_prob.detach(), score)
 
@@ -81,18 +90,19 @@ def _parts(layer: Any, forward: bool) -> Iterator[tuple[nn.Module, bool]]:
         yield layer, forward
 
 
-def _carry(layer: Any, forward: bool, state: Scored) -> Scored:
+def _carry(layer: Any, forward: bool, state: Scored, context: Tensor | None) -> Scored:
     x, log_prob, score = state
     if isinstance(layer, Transport):
         to_data = forward == layer._forward_to_data
-        outputs, logabsdet, score = layer.carry_score(x, score, None, to_data)
+        outputs, logabsdet, score = layer.carry_score(x, score, context, to_data)
     else:
         ahead, back = layer.forward, layer.inverse
         if not forward:
             ahead, back = back, ahead
-        outputs, logabsdet = ahead(x)
+        given = [] if context is None else [context]
+        outputs, logabsdet = ahead(x, *given)
         point = outputs.detach().requires_grad_()
-        origin, logabsdet_back = back(point)
+        origin, logabsdet_back = back(point, *given)
         along = (origin * score).sum() + logabsdet_back.sum()
         (score,) = torch.autograd.grad(along, point)
     return Scored(outputs, log_prob - logabsdet.detach(), score)

@@ -74,6 +74,20 @@ def test_score_is_the_slope_of_the_density(build, potential):
     assert errors[-1] < 1e-4 * float(score.abs().max())
 
 
+def test_each_context_has_its_own_score():
+    torch.manual_seed(0)
+    potential = moving(RidgePotential(4, 8, context_features=2))
+    transform = CompositeTransform([LULinear(4), MongeAmpereTransform(potential, steps=16)])
+    flow, context = Flow(transform, StandardNormal([4])), torch.randn(3, 1)
+    flow._embedding_net = nn.Linear(1, 2)
+    drawn = sample_with_score(flow, 5, context)
+    x = drawn.x.detach().requires_grad_()
+    log_prob = flow.log_prob(x, context.repeat_interleave(5, 0))
+    (score,) = torch.autograd.grad(log_prob.sum(), x)
+    torch.testing.assert_close(drawn.log_prob, log_prob.detach(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(drawn.score, score, rtol=0, atol=1e-5)
+
+
 def test_samples_are_those_of_the_flow():
     torch.manual_seed(0)
     flow = flow_of_nflows(POTENTIALS["ridge"], 4)
