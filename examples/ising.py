@@ -152,6 +152,7 @@ def run(config: dict[str, Any], out: Path, overwrite: bool) -> Results:
     target = Ising(
         config["length"],
         config["temperature"],
+        config["boundary"],
         couplings=config["couplings"],
         field=config["field"],
     )
@@ -171,6 +172,8 @@ def command(config: dict[str, Any]) -> str:
     words = [f"python examples/ising.py --length {config['length']}"]
     if config["temperature"] != CRITICAL_TEMPERATURE:
         words.append(f"--temperature {config['temperature']}")
+    if config["boundary"] != "periodic":
+        words.append(f"--boundary {config['boundary']}")
     if config["couplings"] != [1.0, 1.0]:
         words.append("--couplings {} {}".format(*config["couplings"]))
     if config["field"]:
@@ -192,6 +195,7 @@ def main(
     temperature: Annotated[
         float, typer.Option(help="T, in units of the coupling.")
     ] = CRITICAL_TEMPERATURE,
+    boundary: Annotated[str, typer.Option(help="periodic or open.")] = "periodic",
     couplings: Annotated[
         tuple[float, float], typer.Option(help="J of the bonds along either axis.")
     ] = (1.0, 1.0),
@@ -214,6 +218,7 @@ def main(
     config = {
         "length": length,
         "temperature": temperature,
+        "boundary": boundary,
         "couplings": list(couplings),
         "field": field,
         "minutes": minutes if minutes or steps else 10.0,

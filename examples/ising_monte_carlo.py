@@ -17,12 +17,14 @@ from nflows_mongeampere.variational import Estimate
 
 
 def swendsen_wang(target: Ising, sweeps: int, seed: int) -> Iterator[Tensor]:
-    """Spins (L, L) of a periodic lattice in equilibrium, after one cluster update each."""
+    """Spins (L, L) in equilibrium, after one cluster update each."""
     generator, length = np.random.default_rng(seed), target.length
     sites = np.arange(target.sites).reshape(length, length)
-    heads = np.concatenate([sites.ravel(), sites.ravel()])
-    tails = np.concatenate([np.roll(sites, -1, axis).ravel() for axis in (0, 1)])
-    kappa = np.repeat(np.array(target.couplings) / target.temperature, target.sites)
+    ends = length if target.boundary == "periodic" else length - 1
+    heads = np.concatenate([sites[:ends].ravel(), sites[:, :ends].ravel()])
+    moved = np.roll(sites, -1, 0)[:ends], np.roll(sites, -1, 1)[:, :ends]
+    tails = np.concatenate([neighbours.ravel() for neighbours in moved])
+    kappa = np.repeat(np.array(target.couplings) / target.temperature, length * ends)
     spins = np.ones(target.sites)
     for sweep in range(-(sweeps // 10), sweeps):
         # bonds that are satisfied stick with probability 1 - e^(-2|J|/T)

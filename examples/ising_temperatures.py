@@ -151,7 +151,10 @@ def run(config: dict[str, Any], out: Path, overwrite: bool) -> list[Point]:
     budget = {name: config[name] for name in ("minutes", "steps", "seed")}
     history = train(flow, target, out, name=f"L = {target.length}", **budget)
     temperatures = torch.linspace(low, high, config["count"]).tolist()
-    points = [judge(flow, t, config["samples"], config["seed"]) for t in temperatures]
+    seeds = range(config["seed"], config["seed"] + len(temperatures))
+    points = [
+        judge(flow, t, config["samples"], seed) for t, seed in zip(temperatures, seeds, strict=True)
+    ]
     draw(points, target.length, out / "curves.png")
     figures = {
         "parameters": sum(p.numel() for p in flow.parameters()),

@@ -103,6 +103,7 @@ VARIANTS = [
     Ising(4),
     Ising(4, 2.0, couplings=(-1.0, -0.5), field=0.3),
     Ising(4, 3.0, couplings=(1.0, 0.5), field=0.5),
+    Ising(4, 2.0, "open", couplings=(1.0, 0.5)),
 ]
 
 
@@ -120,6 +121,31 @@ def test_cluster_monte_carlo_against_enumeration(target):
     assert known.energy.error < 0.01
     value, error = known.structure
     assert ((value - structure).abs() < 4.5 * error).all()
+
+
+def test_one_flow_for_a_range_of_temperatures(tmp_path):
+    arguments = "--length 4 --between 2 3.5 --steps 150 --pieces 3 --degree 3 --count 3"
+    command = [sys.executable, EXAMPLES / "ising_temperatures.py", *arguments.split()]
+    done = subprocess.run(
+        [*command, "--samples", "2000", "--out", tmp_path / "range"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "range" / "results.json").read_text())
+    assert (tmp_path / "range" / "curves.png").exists()
+    assert results["command"].startswith("python examples/ising_temperatures.py --length 4")
+    points = results["points"]
+    assert [point["temperature"] for point in points] == [2.0, 2.75, 3.5]
+    for point in points:
+        assert point["ess"] > 0.4
+        for name in ("free_energy", "energy", "specific_heat"):
+            value, error = point[name]
+            assert abs(value - point[f"{name}_exact"]) < 4 * error
+        known, known_error = point["magnetisation_monte_carlo"]
+        value, error = point["magnetisation"]
+        assert abs(value - known) < 4 * math.hypot(error, known_error)
 
 
 def test_the_guard_catches_a_solver_that_is_too_coarse(tmp_path):

@@ -243,6 +243,12 @@ POTENTIALS = {
     "sites": Example(lambda: sites((2, 3)), (2, 3), SiteDynamics),
     "sites-all": Example(lambda: sites((2, 2), even=False, context_features=2), (4,), SiteDynamics),
     "sites-fourier": Example(lambda: sites((3, 2), fourier=True, powers=2), (6,), SiteDynamics),
+    "sites-open": Example(lambda: sites((3, 2), boundary="open", even=False), (6,), SiteDynamics),
+    "sites-open-fourier": Example(
+        lambda: sites((2, 3), boundary="open", fourier=True, context_features=1),
+        (2, 3),
+        SiteDynamics,
+    ),
     "sites-fourier-all": Example(
         lambda: sites((2, 1, 3), fourier=True, even=False, context_features=2),
         (2, 1, 3),
@@ -389,14 +395,15 @@ def pixelwise_value(potential: PixelwisePotential, x: Tensor, context: Tensor | 
 def lattice_value(potential: LatticePotential, x: Tensor, context: Tensor | None) -> Tensor:
     """The definition: kernel by kernel and site by site, with the integrals of tanh^n."""
     shape, count = potential.shape, potential.powers
-    fields, value = x.reshape(len(x), *shape), torch.zeros(len(x), dtype=x.dtype)
+    fields, value = x.new_zeros(len(x), *potential.frame), torch.zeros(len(x), dtype=x.dtype)
+    fields[(slice(None), *map(slice, shape))] = x.reshape(len(x), *shape)
     amplitude = potential.amplitude.expand(len(x), -1, -1)
     if potential.context_weight is not None and context is not None:
         amplitude = amplitude * (1 + torch.tensordot(context, potential.context_weight, 1))
     dims = tuple(range(1, len(shape) + 1))
     for k, kernel in enumerate(potential.symmetric_weight):
         for shift in itertools.product(*map(range, shape)):
-            moved = kernel.view(1, *shape).roll(shift, dims)
+            moved = kernel.view(1, *potential.frame).roll(shift, dims)
             h = (fields * moved).flatten(1).sum(1)
             p, log_cosh = h.tanh(), h.cosh().log()
             even = [log_cosh, log_cosh - p**2 / 2, log_cosh - p**2 / 2 - p**4 / 4]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
@@ -18,6 +19,8 @@ LARGEST, LARGEST_TABLE = 2**17, 2**26
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+BOUNDARIES = ("periodic", "open")  # of lattices
 
 
 def _on_cpu(function: Callable[P, R]) -> Callable[P, R]:
@@ -245,6 +248,20 @@ def point_group(shape: Sequence[int]) -> Group:
     moves = [sites.flip(d).roll(1, d) for d in range(len(sizes))]
     moves += [sites.transpose(d, d + 1) for d in range(len(sizes) - 1) if sizes[d] == sizes[d + 1]]
     return Group.generated_by(move.flatten() for move in moves)
+
+
+@_on_cpu
+def axis_exchanges(shape: Sequence[int]) -> Group:
+    """The exchanges of sides of the same length of an array.
+
+    Args:
+        shape: of an event, in any number of dimensions.
+    """
+    sizes = lattice_shape("shape", shape)
+    entries = torch.arange(math.prod(sizes)).reshape(sizes)
+    pairs = itertools.combinations(range(len(sizes)), 2)
+    moves = [entries.transpose(d, e) for d, e in pairs if sizes[d] == sizes[e]]
+    return Group.generated_by(move.flatten() for move in (entries, *moves))
 
 
 @_on_cpu

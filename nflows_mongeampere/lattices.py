@@ -1,4 +1,4 @@
-"""Flows for fields on a periodic lattice, with the symmetries of their action.
+"""Flows for fields on a lattice, with the symmetries of their action.
 
 An action of your own, from nothing to its free energy::
 
@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from nflows.flows import Flow
 from nflows.transforms import CompositeTransform
@@ -27,9 +28,9 @@ from nflows_mongeampere import validation
 from nflows_mongeampere.convergence import converged
 from nflows_mongeampere.differentiation import compiling, transformed
 from nflows_mongeampere.flow import Noise
-from nflows_mongeampere.groups import Group, lattice_shape
+from nflows_mongeampere.groups import BOUNDARIES, Group, lattice_shape
 from nflows_mongeampere.modes import LatticeModes
-from nflows_mongeampere.potentials.lattice import LatticePotential, lattice_group
+from nflows_mongeampere.potentials.lattice import LatticePotential, frame, lattice_group
 from nflows_mongeampere.targets import LatticeAction as LatticeAction
 from nflows_mongeampere.transform import MongeAmpereTransform
 from nflows_mongeampere.variational import target_log_prob
@@ -108,7 +109,7 @@ class Chebyshev(nn.Module):
 
 
 class LatticeFlow(Flow):
-    r"""A flow for fields on a periodic lattice, with the symmetries of the lattice exactly.
+    r"""A flow for fields on a lattice, with the symmetries of the lattice exactly.
 
     Noise goes through Monge-Ampère flows of :class:`~nflows_mongeampere.LatticePotential`, then
     its Fourier modes are stretched (:class:`~nflows_mongeampere.modes.LatticeModes`). Everything an
@@ -122,11 +123,13 @@ class LatticeFlow(Flow):
         even: whether the density of :math:`-\phi` is that of :math:`\phi`; else the flow has a mean
             too.
         group: the symmetries besides translations (and the sign), which keep the first site; the
-            point group of the lattice unless given.
+            point group of the lattice unless given. For an open lattice it acts on the
+            :attr:`~nflows_mongeampere.LatticePotential.frame` of the kernels.
         between: the lowest and the highest value of a parameter of the action, such as a
             temperature, for all of which this is one flow: the context is that parameter, shape
             (C, 1). Or None, for a flow without context.
         degree: of the polynomials in the parameter by which scales and amplitudes depend on it.
+        boundary: ``"periodic"`` or ``"open"``.
         **transport: ``time``, ``steps``, ``solver``, ... as in
             :class:`~nflows_mongeampere.MongeAmpereTransform`; ``steps`` is 1 unless given.
 
@@ -152,13 +155,20 @@ class LatticeFlow(Flow):
         group: Group | None = None,
         between: Sequence[float] | None = None,
         degree: int = 4,
+        boundary: str = "periodic",
         **transport: Any,
     ) -> None:
         sides = lattice_shape("shape", shape)
-        group = lattice_group(sides, group)
+        validation.choice("boundary", boundary, BOUNDARIES)
+        group = lattice_group(frame(sides, boundary), group)
         parameter = None if between is None else Chebyshev(between, degree)
         context_features = None if parameter is None else parameter.degree
-        settings: dict[str, Any] = {"powers": powers, "even": even, "group": group}
+        settings: dict[str, Any] = {
+            "powers": powers,
+            "even": even,
+            "group": group,
+            "boundary": boundary,
+        }
         count = validation.integer("pieces", pieces)
         transforms = [
             MongeAmpereTransform(
@@ -167,7 +177,13 @@ class LatticeFlow(Flow):
             )
             for _ in range(count)
         ]
-        modes = LatticeModes(torch.zeros(sides), None if even else 0.0, group, context_features)
+        modes = LatticeModes(
+            torch.zeros(sides),
+            None if even else 0.0,
+            _group_of_modes(group, sides, boundary),
+            context_features,
+            boundary,
+        )
         base = Noise([math.prod(sides)], modes)
         super().__init__(CompositeTransform([modes, *transforms]), base, parameter)
 
@@ -179,7 +195,7 @@ class LatticeFlow(Flow):
             target: a :class:`~nflows_mongeampere.targets.LatticeAction`, or any object with
                 ``log_prob`` and the ``shape`` of the lattice. Its ``log_prob`` takes the parameter
                 of each field as ``context`` where the flow is for a range of it (``between``).
-            **settings: of the class, other than ``shape``, ``even`` and ``group``.
+            **settings: of the class, other than ``shape``, ``even``, ``group`` and ``boundary``.
 
         Raises:
             TypeError: if ``target`` lacks one of these.
@@ -188,7 +204,9 @@ class LatticeFlow(Flow):
         shape, between = _shape(target), settings.get("between")
         degree = settings.get("degree", 4)
         found = symmetries(target, [] if between is None else Chebyshev(between, degree).nodes)
-        flow = cls(shape, even=found.even, group=found.group, **settings)
+        flow = cls(
+            shape, even=found.even, group=found.group, boundary=_boundary(target), **settings
+        )
         flow.start(*flow.best_gaussian(target))
         return flow
 
@@ -260,7 +278,7 @@ class LatticeFlow(Flow):
             correction: of :attr:`scales` of the smaller flow against its best Gaussian; added to
                 the scales here.
         """
-        added = [_interpolated(part, self.shape) for part in correction]
+        added = [_interpolated(part, self.shape, self.modes.boundary) for part in correction]
         self.scales = self.scales + torch.stack(added)
         for name in ("mean", "context_mean"):
             mine, learnt = getattr(self.modes, name), getattr(smaller.modes, name)
@@ -268,9 +286,10 @@ class LatticeFlow(Flow):
                 mine.copy_(learnt)
         for piece, learnt in zip(self.pieces, smaller.pieces, strict=True):
             mine, other = piece.potential, learnt.potential
+            assert isinstance(mine, LatticePotential)
             assert isinstance(other, LatticePotential)
             state = other.state_dict()
-            state["weight"] = _padded(other.symmetric_weight, smaller.shape, self.shape)
+            state["weight"] = _padded(other.symmetric_weight, other.frame, mine.frame)
             mine.load_state_dict(state)
 
     @property
@@ -299,8 +318,10 @@ class LatticeFlow(Flow):
 
     @property
     def group(self) -> Group:
-        """The symmetries besides translations and the sign."""
-        return self.modes.group
+        """The symmetries besides translations and the sign, as the class takes them."""
+        potential: Any = self.pieces[0].potential
+        group: Group = potential.group
+        return group
 
     @property
     def new(self) -> bool:
@@ -319,11 +340,12 @@ class LatticeFlow(Flow):
 
 
 class Symmetries(NamedTuple):
-    """What leaves a target on a periodic lattice alone, besides translations.
+    """What leaves a target on a lattice alone, besides translations.
 
     Attributes:
         even: whether a change of the sign does.
-        group: the rotations and reflections that do, and keep the first site.
+        group: the rotations and reflections that do, as :class:`LatticeFlow` takes them: they keep
+            the first site of a periodic lattice, or the first entry of the frame of an open one.
     """
 
     even: bool
@@ -334,7 +356,8 @@ class _Fixed:
     """A target at one value of its parameter."""
 
     def __init__(self, target: Any, value: float) -> None:
-        self.shape, self._target, self._value = _shape(target), target, value
+        self.shape, self.boundary = _shape(target), _boundary(target)
+        self._target, self._value = target, value
 
     def log_prob(self, x: Tensor) -> Tensor:
         return target_log_prob(self._target, x, x.new_full((len(x), 1), self._value))
@@ -366,29 +389,30 @@ def symmetries(target: Any, parameters: Sequence[float] = ()) -> Symmetries:
         found = log_probs(images)
         return bool(((found - expected).abs() <= SAME * (1 + expected.abs())).all())
 
-    for dimension in range(1, len(shape) + 1):
+    boundary = _boundary(target)
+    for dimension in range(1, len(shape) + 1) if boundary == "periodic" else ():
         if not kept(fields.roll(1, dimension)):
             raise ValueError(
                 f"target: its log-density changes when fields move by a site along dimension "
-                f"{dimension - 1} of {shape}, expected a periodic lattice; use a MongeAmpereFlow "
-                "for any other"
+                f"{dimension - 1} of {shape}, expected a periodic lattice; a target with borders "
+                "says boundary='open', and for any other use a MongeAmpereFlow"
             )
-    sites = torch.arange(fields[0].numel()).reshape(shape)
-    flips = [sites.flip(d).roll(1, d) for d in range(len(shape))]
-    every = range(len(shape))
-    moves = [
-        *flips,
-        *(
-            sites.transpose(d, e)
-            for d, e in itertools.combinations(every, 2)
-            if shape[d] == shape[e]
-        ),
-        sites.flip([*every]).roll([1] * len(shape), [*every]),
-    ]
-    rows = fields.flatten(1)
-    group = Group.generated_by(
-        [sites.flatten(), *(m.flatten() for m in moves if kept(rows[:, m.flatten()]))]
-    )
+    every, kernel = [*range(len(shape))], frame(shape, boundary)
+    sites, distances = (torch.arange(math.prod(sides)).reshape(sides) for sides in (shape, kernel))
+
+    def mirrored(entries: Tensor, dims: list[int], periodic: bool) -> Tensor:
+        """Reversed, and moved so that the first entry of what is periodic stays where it is."""
+        return entries.flip(dims).roll([1] * len(dims), dims) if periodic else entries.flip(dims)
+
+    rows, moves = fields.flatten(1), [distances]
+    for dims in [*([d] for d in every), every]:
+        images = mirrored(sites, dims, boundary == "periodic")
+        if kept(rows[:, images.flatten()]):
+            moves.append(mirrored(distances, dims, True))
+    for d, e in itertools.combinations(every, 2):
+        if shape[d] == shape[e] and kept(rows[:, sites.transpose(d, e).flatten()]):
+            moves.append(distances.transpose(d, e))
+    group = Group.generated_by([move.flatten() for move in moves])
     return Symmetries(kept(-fields), group)
 
 
@@ -413,7 +437,9 @@ def best_gaussian(target: Any, found: Symmetries | None = None) -> tuple[Tensor,
     """
     found = symmetries(target) if found is None else found
     shape = _shape(target)
-    modes = LatticeModes(torch.zeros(shape), None if found.even else 0.0, found.group)
+    boundary = _boundary(target)
+    group = _group_of_modes(found.group, shape, boundary)
+    modes = LatticeModes(torch.zeros(shape), None if found.even else 0.0, group, boundary=boundary)
     noise = torch.randn(
         GAUSSIAN_FIELDS // 2, math.prod(shape), generator=torch.Generator().manual_seed(0)
     )
@@ -582,17 +608,44 @@ def _padded(kernels: Tensor, shape: tuple[int, ...], larger: tuple[int, ...]) ->
     return padded.flatten(1)
 
 
-def _interpolated(modes: Tensor, larger: tuple[int, ...]) -> Tensor:
+def _interpolated(modes: Tensor, larger: tuple[int, ...], boundary: str) -> Tensor:
     """Numbers for each wave vector of a lattice, linearly in between for those of a larger one."""
     for dimension, longer in enumerate(larger):
         side = modes.shape[dimension]
-        place = torch.arange(longer, dtype=modes.dtype) * side / longer
+        place = torch.arange(longer, dtype=modes.dtype)
+        if boundary == "periodic":
+            place = place * side / longer
+        else:  # of half waves, the first of which is 1 / (L + 1)
+            place = ((place + 1) * (side + 1) / (longer + 1) - 1).clamp(0, side - 1)
         first = place.floor().long()
         part = (place - first).reshape([-1, *[1] * (modes.dim() - dimension - 1)])
         lower = modes.index_select(dimension, first % side)
         upper = modes.index_select(dimension, (first + 1) % side)
         modes = torch.lerp(lower, upper, part)
     return modes
+
+
+def _group_of_modes(group: Group, shape: tuple[int, ...], boundary: str) -> Group:
+    """Which modes have the same scale where kernels have these symmetries."""
+    if boundary == "periodic":
+        return group
+    # reflections leave sine waves alone, up to their sign; which axes does an element exchange?
+    sides = frame(shape, boundary)
+    modes, places = torch.arange(math.prod(shape)).reshape(shape), []
+    for permutation in group.permutations:
+        images = permutation.reshape(sides)
+        axes = []
+        for dimension in range(len(sides)):
+            first = images[tuple(int(d == dimension) for d in range(len(sides)))].item()
+            entry = torch.tensor(np.unravel_index(int(first), sides))
+            axes.append(int(entry.nonzero()[0]))
+        places.append(modes.permute(axes).flatten())
+    return Group.generated_by(places)
+
+
+def _boundary(target: Any) -> str:
+    """Whether the lattice of a target is periodic, as it is where nothing else is said."""
+    return validation.choice("target.boundary", getattr(target, "boundary", "periodic"), BOUNDARIES)
 
 
 def _shape(target: Any) -> tuple[int, ...]:

@@ -11,7 +11,14 @@ from scipy.optimize import brentq
 from torch import Tensor
 
 from nflows_mongeampere import files, refined
-from nflows_mongeampere.groups import Group, point_group, sign_flip, translations
+from nflows_mongeampere.groups import (
+    Group,
+    axis_exchanges,
+    point_group,
+    reflections,
+    sign_flip,
+    translations,
+)
 from nflows_mongeampere.lattices import (
     LatticeAction,
     LatticeFlow,
@@ -42,12 +49,16 @@ def randomised(flow: LatticeFlow) -> LatticeFlow:
 
 @pytest.mark.parametrize("shape", [(4, 4), (2, 3), (2, 2, 2)])
 @pytest.mark.parametrize("even", [True, False])
-def test_the_density_has_the_symmetries_of_the_lattice(shape, even):
-    flow = randomised(LatticeFlow(shape, pieces=2, even=even))
+@pytest.mark.parametrize("boundary", ["periodic", "open"])
+def test_the_density_has_the_symmetries_of_the_lattice(shape, even, boundary):
+    flow = randomised(LatticeFlow(shape, pieces=2, even=even, boundary=boundary))
     sites = math.prod(shape)
     x = torch.randn(3, sites, dtype=torch.float64)
     expected = flow.log_prob(x)
-    everything = translations(shape) * point_group(shape)
+    if boundary == "periodic":
+        everything = translations(shape) * point_group(shape)
+    else:
+        everything = reflections(shape, range(len(shape))) * axis_exchanges(shape)
     for image in (everything * sign_flip(sites) if even else everything).act(x):
         torch.testing.assert_close(flow.log_prob(image), expected, rtol=1e-10, atol=1e-10)
     assert even == torch.allclose(flow.log_prob(-x), expected)
@@ -89,8 +100,6 @@ def test_an_action_that_translations_change_is_refused():
 
     with pytest.raises(ValueError, match=r"^target: its log-density changes when fields move"):
         LatticeFlow.towards(LatticeAction((4, 4), pinned))
-    with pytest.raises(ValueError, match=r"^target: its log-density changes when fields move"):
-        LatticeFlow.towards(Ising(4, boundary="open"))
 
 
 def test_the_best_gaussian_of_a_free_field_is_its_own():
@@ -220,6 +229,35 @@ def trained(target: LatticeAction, folder, steps: int):
     flow = LatticeFlow.towards(target, pieces=4)
     train(flow, target, folder, steps=steps)
     return weigh(flow, target, 2000)
+
+
+@pytest.mark.parametrize("couplings", [(1.0, 1.0), (1.0, 0.5)])
+def test_an_open_lattice(tmp_path, couplings):
+    """Exact within errors, with the symmetries that it has; a larger one starts from it."""
+    target = Ising(4, 3.0, "open", couplings=couplings)
+    found = symmetries(target)
+    assert found.even
+    assert len(found.group) == (8 if couplings[0] == couplings[1] else 4)
+    samples = trained(target, tmp_path, 60)
+    free_energy = samples.corrected_free_energy
+    assert abs(free_energy.value - 16 * target.free_energy) < 4 * free_energy.error
+    assert free_energy.error < 0.05
+    assert samples.effective_sample_size > 0.5
+
+
+def test_open_kernels_on_a_larger_lattice_are_the_same_where_they_fit():
+    small, large = (LatticeFlow((side, side), boundary="open").double() for side in (4, 8))
+    randomised(small)
+    large.adopt(small, torch.zeros(1, 4, 4, dtype=torch.float64))
+    field = torch.randn(2, 4, 4, dtype=torch.float64)
+    padded = torch.nn.functional.pad(field, (2, 2, 2, 2))
+    for mine, other in zip(large.pieces, small.pieces, strict=True):
+        inside = mine.potential.gradient(padded.flatten(1)).view(2, 8, 8)[:, 2:6, 2:6]
+        assert not torch.allclose(inside, torch.zeros(()).double())
+        kernels = other.potential.symmetric_weight.view(-1, 8, 8)
+        torch.testing.assert_close(
+            mine.potential.symmetric_weight.view(-1, 16, 16)[:, :4, :4], kernels[:, :4, :4]
+        )
 
 
 def test_a_sextic_action_against_quadrature(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from nflows.transforms import Transform
 from torch import Tensor, nn
@@ -9,7 +11,7 @@ from torch.nn.utils.parametrize import register_parametrization
 
 from nflows_mongeampere import validation
 from nflows_mongeampere.averages import Average
-from nflows_mongeampere.groups import Group, point_group
+from nflows_mongeampere.groups import BOUNDARIES, Group, axis_exchanges, point_group
 
 
 class LatticeModes(Transform):
@@ -25,7 +27,9 @@ class LatticeModes(Transform):
     the lattice: modes that a rotation or reflection exchanges have the same scale.
     Before a standard normal it makes the Gaussian whose modes have the variances :math:`e^{2 s_k}`,
     which is any Gaussian with the symmetries of the lattice: its covariance is circulant, and the
-    Fourier transform diagonalises it.
+    Fourier transform diagonalises it. On an open lattice the modes are sine waves that vanish
+    beyond the border, :math:`\prod_d \sin(\pi k_d i_d / (L_d + 1))`, as those of couplings between
+    neighbours are.
 
     Reference: Gray, *Toeplitz and Circulant Matrices: A Review*, `doi:10.1561/0100000006
     <https://doi.org/10.1561/0100000006>`_, chapter 3.
@@ -34,8 +38,10 @@ class LatticeModes(Transform):
         log_scale: :math:`s` at the start, of the shape of the lattice, in the order of
             :func:`torch.fft.fftn`; what the group does not leave alone is averaged.
         mean: m at the start, or None for a mean that stays zero.
-        group: which modes have the same scale; the point group of the lattice unless given.
+        group: which modes have the same scale; the point group of the lattice unless given, and the
+            exchanges of axes of the same length for an open one.
         context_features: width of the context, or None.
+        boundary: ``"periodic"`` or ``"open"``.
 
     Attributes:
         log_scale: s.
@@ -63,12 +69,17 @@ class LatticeModes(Transform):
         mean: float | None = None,
         group: Group | None = None,
         context_features: int | None = None,
+        boundary: str = "periodic",
     ) -> None:
         super().__init__()
         fits = isinstance(log_scale, Tensor) and log_scale.is_floating_point()
         expected = "a floating-point tensor in the shape of the lattice, such as (L, M)"
         validation.kind("log_scale", log_scale, fits and log_scale.dim() > 0, expected)
-        self.group = point_group(tuple(log_scale.shape)) if group is None else group
+        self.boundary = validation.choice("boundary", boundary, BOUNDARIES)
+        sides = tuple(log_scale.shape)
+        if group is None:
+            group = point_group(sides) if boundary == "periodic" else axis_exchanges(sides)
+        self.group = group
         self.log_scale = nn.Parameter(log_scale.detach().clone())
         register_parametrization(self, "log_scale", Average(self.group))
         self.mean: nn.Parameter | None = None
@@ -123,8 +134,21 @@ class LatticeModes(Transform):
 
     def _stretch(self, inputs: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
         sides = log_scale.shape[1:]
+        if self.boundary == "open":
+            modes = _sine(inputs.reshape(-1, *sides)) * log_scale.exp()
+            outputs = _sine(modes).view_as(inputs)
+            return outputs, log_scale.flatten(1).sum(1).expand(len(inputs))
         dims = tuple(range(-len(sides), 0))
         modes = torch.fft.rfftn(inputs.reshape(-1, *sides), dim=dims)
         modes = modes * log_scale.exp()[..., : modes.shape[-1]]
         outputs = torch.fft.irfftn(modes, s=sides, dim=dims).view_as(inputs)
         return outputs, log_scale.flatten(1).sum(1).expand(len(inputs))
+
+
+def _sine(fields: Tensor) -> Tensor:
+    """The sine transform of fields (B, L, M, ...) along each side, which is its own inverse."""
+    for dimension, side in enumerate(fields.shape[1:], 1):
+        place = torch.arange(1, side + 1, dtype=fields.dtype, device=fields.device)
+        waves = math.sqrt(2 / (side + 1)) * (math.pi / (side + 1) * place[:, None] * place).sin()
+        fields = torch.tensordot(fields, waves, ([dimension], [0])).movedim(-1, dimension)
+    return fields

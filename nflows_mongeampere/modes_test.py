@@ -7,13 +7,14 @@ from nflows.distributions import StandardNormal
 from nflows.flows import Flow
 from torch.distributions import MultivariateNormal
 
-from nflows_mongeampere.groups import point_group, translations
+from nflows_mongeampere.groups import axis_exchanges, point_group, reflections, translations
 from nflows_mongeampere.modes import LatticeModes
 
 
+@pytest.mark.parametrize("boundary", ["periodic", "open"])
 @pytest.mark.parametrize("sides", [(4, 4), (3, 3), (2, 5), (5,), (2, 2, 3)])
-def test_inverse_determinant_and_symmetries(sides):
-    modes = LatticeModes(torch.randn(sides, dtype=torch.float64), mean=0.3)
+def test_inverse_determinant_and_symmetries(sides, boundary):
+    modes = LatticeModes(torch.randn(sides, dtype=torch.float64), mean=0.3, boundary=boundary)
     x = torch.randn(2, math.prod(sides), dtype=torch.float64)
     noise, logabsdet = modes(x)
     back, inverse_logabsdet = modes.inverse(noise)
@@ -22,7 +23,10 @@ def test_inverse_determinant_and_symmetries(sides):
     jacobian = torch.autograd.functional.jacobian(lambda row: modes(row[None])[0][0], x[0])
     torch.testing.assert_close(torch.linalg.slogdet(jacobian)[1], logabsdet[0])
     flow = Flow(modes, StandardNormal([math.prod(sides)]))
-    for image in [*translations(sides).act(x), *point_group(sides).act(x)]:
+    groups = [translations(sides), point_group(sides)]
+    if boundary == "open":
+        groups = [reflections(sides, range(len(sides))), axis_exchanges(sides)]
+    for image in [image for group in groups for image in group.act(x)]:
         torch.testing.assert_close(flow.log_prob(image), flow.log_prob(x))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nflows_mongeampere import validation
 from nflows_mongeampere.averages import Average
 from nflows_mongeampere.dynamics import Dynamics, FieldDynamics, Time, as_rows, start
-from nflows_mongeampere.groups import Group, lattice_shape, point_group
+from nflows_mongeampere.groups import BOUNDARIES, Group, lattice_shape, point_group
 from nflows_mongeampere.potentials.base import ClosedFormPotential
 
 # Sites of the largest lattice on which one product with all translates of the kernels is faster
@@ -34,7 +34,8 @@ class LatticePotential(ClosedFormPotential):
               \quad \text{and, unless } u(-x) = u(x), \quad h, \; \tanh h, \; \tanh^3 h, \ldots
 
     so that all derivatives are polynomials of :math:`p = \tanh h`: one transcendental function for
-    each kernel and site. Perturbation theory wants this form: to first order in an interaction
+    each kernel and site. On an open lattice the field is zero beyond the border, and translations
+    no longer leave u alone. Perturbation theory wants this form: to first order in an interaction
     :math:`\sum_i V(x_i)` the flow from a Gaussian with precision M has
     :math:`u = -\int_0^\infty ds \sum_i V_s\big((e^{-Ms} x)_i\big)`, kernels that spread with s and
     functions that are V, smeared out.
@@ -46,12 +47,15 @@ class LatticePotential(ClosedFormPotential):
         kernels: K.
         powers: P, the functions of each parity for each kernel.
         even: whether :math:`u(-x) = u(x)`.
-        group: what leaves the kernels alone, and must keep the first site; the point group of the
-            lattice unless given.
+        group: what leaves the kernels alone, and must keep the first entry of :attr:`frame`, on
+            which it acts; the point group of the lattice unless given.
         context_features: width of the context c, or None: amplitudes are :math:`a (1 + V c)`.
+        boundary: ``"periodic"`` or ``"open"``.
 
     Attributes:
-        weight: the kernels, shape (K, D), a number for each site; what the group does not leave
+        frame: the shape of a kernel, a number for each distance of two sites: that of a periodic
+            lattice, and twice as long in each direction for an open one.
+        weight: the kernels, shape (K, F) with F entries of the frame; what the group does not leave
             alone is averaged away, which leaves w.
         amplitude: of each function of each kernel, shape (P, K) or, unless even, (2P, K). The
             functions are mixed so that their slopes are orthonormal for normal h.
@@ -84,19 +88,22 @@ class LatticePotential(ClosedFormPotential):
         even: bool = True,
         group: Group | None = None,
         context_features: int | None = None,
+        boundary: str = "periodic",
     ) -> None:
         super().__init__()
         self.shape = lattice_shape("shape", shape)
+        self.boundary = validation.choice("boundary", boundary, BOUNDARIES)
+        self.frame = frame(self.shape, boundary)
         self.features = math.prod(self.shape)
         self.kernels = validation.integer("kernels", kernels)
         self.powers = validation.integer("powers", powers)
         self.even = validation.boolean("even", even)
-        self.group = lattice_group(self.shape, group)
+        self.group = lattice_group(self.frame, group)
         if context_features is not None:
             context_features = validation.integer("context_features", context_features)
         self.context_features = context_features
         functions = self.powers if self.even else 2 * self.powers
-        self.weight = nn.Parameter(torch.empty(self.kernels, self.features))
+        self.weight = nn.Parameter(torch.empty(self.kernels, math.prod(self.frame)))
         self.amplitude = nn.Parameter(torch.empty(functions, self.kernels))
         self.context_weight = (
             None
@@ -108,18 +115,19 @@ class LatticePotential(ClosedFormPotential):
         self.reset_parameters()
         # follow from the arguments, and stay on the CPU where models are built without numbers
         self.mixing = torch.from_numpy(_mixing(self.powers, self.even))
-        self._places = _places(self.shape) if self.features <= DENSE_SITES else None
+        dense = self.features <= DENSE_SITES
+        self._places = _places(self.shape, self.frame) if dense else None
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw the kernels anew, bells from one site wide to the whole lattice, amplitudes zero."""
-        kernels = smooth_kernels(self.shape, self.kernels).to(self.amplitude)
+        kernels = smooth_kernels(self.frame, self.kernels).to(self.amplitude)
         self.weight.copy_(kernels)
         nn.init.zeros_(self.amplitude)
         if self.context_weight is not None:
             nn.init.normal_(self.context_weight, std=0.3 / math.sqrt(len(self.context_weight)))
         # a wide kernel pushes all sites at once: its functions are scaled by its largest mode
-        modes = torch.fft.fftn(kernels.unflatten(1, self.shape), dim=_sides(self.shape))
+        modes = torch.fft.fftn(kernels.unflatten(1, self.frame), dim=_sides(self.frame))
         self.unit.copy_(modes.abs().square().flatten(1).amax(1).reciprocal())
 
     @property
@@ -133,18 +141,25 @@ class LatticePotential(ClosedFormPotential):
     ) -> Dynamics:
         if costs:
             return FieldDynamics(self._gradient_and_laplacian, inputs, context, self, costs)
-        return SiteDynamics(self._tensors(context), inputs, self.shape, self.even)
+        tensors = self._tensors(context)
+        return SiteDynamics(tensors, inputs, self.shape, self.frame, self.even)
 
     def _tensors(self, context: Tensor | None) -> SiteTensors:
         """What the equations of motion are made of."""
         weight = self.symmetric_weight
         if self._places is not None:
-            kernels = weight[:, self._places.to(weight.device)].flatten(0, 1)
+            rows = weight[:, self._places.to(weight.device)]
+            kernels, lengths = rows.flatten(0, 1), rows.square().sum(2)
         else:
             kernels = torch.fft.rfftn(
-                weight.unflatten(1, self.shape), dim=_sides(self.shape)
+                weight.unflatten(1, self.frame), dim=_sides(self.frame)
             ).conj()
-        return SiteTensors(kernels, self._coefficients(context), weight.square().sum(1))
+            lengths = weight.square().sum(1, keepdim=True)
+            if self.boundary == "open":  # of what of each kernel lies within
+                lengths = _overlaps(weight.square(), self.shape, self.frame)
+        if self.boundary == "periodic":
+            lengths = lengths[:, :1]
+        return SiteTensors(kernels, self._coefficients(context), lengths[..., None])
 
     def _coefficients(self, context: Tensor | None) -> Tensor:
         """Of the powers of p², those of odd functions behind, shape (P or 2P, K, 1, B or 1)."""
@@ -167,15 +182,16 @@ class SiteTensors(NamedTuple):
 
     Attributes:
         kernels: every translate of every kernel, shape (K D, D); or, on large lattices, the
-            conjugate Fourier coefficients of the kernels, complex, shape (K, L, ..., M // 2 + 1).
+            conjugate Fourier coefficients of the kernels, complex, shape (K, ..., M // 2 + 1).
         coefficients: of the slopes of :math:`g_k` in powers of :math:`p^2`, shape
             (P or 2P, K, 1, B or 1).
-        curvature: squared length of each kernel, shape (K,).
+        lengths: squared length of each kernel, shape (K, 1, 1), or (K, D, 1) where it depends on
+            the site.
     """
 
     kernels: Tensor
     coefficients: Tensor
-    curvature: Tensor
+    lengths: Tensor
 
 
 class SiteDynamics(Dynamics):
@@ -197,9 +213,15 @@ class SiteDynamics(Dynamics):
     tensors: SiteTensors
 
     def __init__(
-        self, tensors: SiteTensors, inputs: Tensor, shape: tuple[int, ...], even: bool
+        self,
+        tensors: SiteTensors,
+        inputs: Tensor,
+        shape: tuple[int, ...],
+        frame: tuple[int, ...],
+        even: bool,
     ) -> None:
-        self._shape, self._event_shape, self._even = shape, inputs.shape[1:], even
+        self._shape, self._frame, self._even = shape, frame, even
+        self._event_shape = inputs.shape[1:]
         self.coordinates = math.prod(shape)
         self.state = start(inputs, 1)
         self.tensors = tensors
@@ -219,7 +241,7 @@ class SiteDynamics(Dynamics):
             bend = torch.addcmul(bend, _polynomial(_derivative(odd), q), p, value=2)
         curvature = bend * (1 - q)
         pushed = self._modes(slope)
-        laplacian = self.tensors.curvature @ curvature.sum(1)
+        laplacian = self._weighed_by_lengths(curvature)
         return (
             torch.cat([self._convolve(pushed), laplacian[None]]),
             (x, p, q, bend, curvature, pushed),
@@ -233,23 +255,24 @@ class SiteDynamics(Dynamics):
         gradients: list[Tensor | None],
     ) -> Tensor:
         x, p, q, bend, curvature, pushed = kept
-        lengths = self.tensors.curvature
+        lengths = self.tensors.lengths
         of_l = adjoint[self.coordinates :]
         of_x = self._modes(adjoint[: self.coordinates])
         projected = self._correlate(of_x)
         gamma = curvature * projected
         weighed = None
         if len(of_l):
-            weighed = lengths[:, None, None] * of_l  # (K, 1, B)
+            weighed = lengths * of_l  # (K, 1 or D, B)
             gamma = gamma.addcmul_(weighed, self._third(p, q, bend))
         modes = self._modes(gamma)
-        d_kernels, d_coefficients, d_curvature = gradients
+        d_kernels, d_coefficients, d_lengths = gradients
         if d_kernels is not None:
             self._add_kernels(d_kernels, modes, x, pushed, of_x)
         if d_coefficients is not None:
             self._add_coefficients(d_coefficients, p, q, projected, weighed)
-        if d_curvature is not None and len(of_l):
-            d_curvature.add_(curvature.sum(1) @ of_l[0])
+        if d_lengths is not None and len(of_l):
+            each = curvature @ of_l.T
+            d_lengths.add_(each if len(lengths[0]) > 1 else each.sum(1, keepdim=True))
         return self._convolve(modes)
 
     def value(self, state: Tensor) -> Tensor:
@@ -270,6 +293,14 @@ class SiteDynamics(Dynamics):
 
     def points(self, state: Tensor) -> Tensor:
         return as_rows(state[: self.coordinates], self._event_shape)
+
+    def _weighed_by_lengths(self, curvature: Tensor) -> Tensor:
+        """The sum over kernels and sites, (B,), each times its squared length."""
+        lengths = self.tensors.lengths
+        if len(lengths[0]) > 1:
+            total: Tensor = (lengths * curvature).sum((0, 1))
+            return total
+        return lengths[:, 0, 0] @ curvature.sum(1)
 
     def _parts(self) -> tuple[Tensor, Tensor | None]:
         """The coefficients of P, and of Q where there are odd functions."""
@@ -319,13 +350,13 @@ class SiteDynamics(Dynamics):
             total.addmm_(modes.flatten(0, 1), x.T).addmm_(pushed.flatten(0, 1), of_x.T)
             return
         product = (modes * x.conj() + pushed * of_x.conj()).sum(-1)
-        last = self._shape[-1]
+        last = self._frame[-1]
         # the half of the modes that is kept stands for the other half too
         twice = torch.full((last // 2 + 1,), 2.0, dtype=self.state.dtype, device=total.device)
         twice[0] = 1
         if last % 2 == 0:
             twice[-1] = 1
-        total.add_(product * twice, alpha=1 / self.coordinates)
+        total.add_(product * twice, alpha=1 / math.prod(self._frame))
 
     @property
     def _fourier(self) -> bool:
@@ -335,14 +366,15 @@ class SiteDynamics(Dynamics):
         """Fields of shape (..., D, B), as they are or as Fourier coefficients (..., L, ..., B)."""
         if not self._fourier:
             return fields
-        sides = tuple(side - 1 for side in _sides(self._shape))
-        modes: Tensor = torch.fft.rfftn(fields.unflatten(-2, self._shape), dim=sides)
+        sides = tuple(side - 1 for side in _sides(self._frame))
+        modes: Tensor = torch.fft.rfftn(fields.unflatten(-2, self._shape), s=self._frame, dim=sides)
         return modes
 
     def _fields(self, modes: Tensor) -> Tensor:
-        sides = tuple(side - 1 for side in _sides(self._shape))
-        fields: Tensor = torch.fft.irfftn(modes, s=self._shape, dim=sides)
-        return fields.flatten(-1 - len(self._shape), -2)
+        sides = tuple(side - 1 for side in _sides(self._frame))
+        fields: Tensor = torch.fft.irfftn(modes, s=self._frame, dim=sides)
+        within: tuple[Any, ...] = (..., *map(slice, self._shape), slice(None))
+        return fields[within].flatten(-1 - len(self._shape), -2)
 
     def _correlate(self, x: Tensor) -> Tensor:
         """The products with all translates of all kernels, (K, D, B)."""
@@ -358,6 +390,11 @@ class SiteDynamics(Dynamics):
         if not self._fourier:
             return kernels.T @ g.flatten(0, 1)
         return self._fields((g * kernels.conj()[..., None]).sum(0))
+
+
+def frame(shape: tuple[int, ...], boundary: str) -> tuple[int, ...]:
+    """The shape that holds a number for each distance of two sites of a lattice."""
+    return shape if boundary == "periodic" else tuple(2 * side for side in shape)
 
 
 def lattice_group(shape: tuple[int, ...], group: Group | None) -> Group:
@@ -424,12 +461,22 @@ def _mixing(powers: int, even: bool) -> np.ndarray:
     return mixing
 
 
-def _places(shape: tuple[int, ...]) -> Tensor:
+def _places(shape: tuple[int, ...], frame: tuple[int, ...]) -> Tensor:
     """Which entry of a kernel at site i meets site j, shape (D, D)."""
-    sites = np.arange(math.prod(shape)).reshape(shape)
-    shifts = np.ndindex(*shape)
-    rows = [np.roll(sites, shift, tuple(range(len(shape)))).ravel() for shift in shifts]
-    return torch.from_numpy(np.stack(rows))
+    sites = np.indices(shape).reshape(len(shape), -1)
+    distances = sites[:, None, :] - sites[:, :, None]
+    wrapped = distances % np.array(frame)[:, None, None]
+    return torch.from_numpy(np.ravel_multi_index(tuple(wrapped), frame))
+
+
+def _overlaps(kernels: Tensor, shape: tuple[int, ...], frame: tuple[int, ...]) -> Tensor:
+    """How much of each kernel (K, F) lies on the lattice when it stands at a site, (K, D)."""
+    sides = _sides(frame)
+    modes = torch.fft.rfftn(kernels.unflatten(1, frame), dim=sides).conj()
+    lattice = torch.fft.rfftn(kernels.new_ones(shape), s=frame, dim=sides)
+    within: tuple[Any, ...] = (..., *map(slice, shape))
+    overlaps: Tensor = torch.fft.irfftn(lattice * modes, s=frame, dim=sides)[within]
+    return overlaps.flatten(1)
 
 
 def _sides(shape: tuple[int, ...]) -> tuple[int, ...]:

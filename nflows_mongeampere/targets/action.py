@@ -10,7 +10,7 @@ from normflows.distributions import Target
 from torch import Tensor
 
 from nflows_mongeampere import validation
-from nflows_mongeampere.groups import lattice_shape
+from nflows_mongeampere.groups import BOUNDARIES, lattice_shape
 
 PROBES = 4
 
@@ -26,6 +26,8 @@ class LatticeAction(Target):
         parameter: the value of a parameter, such as a coupling, that the action takes as its second
             argument, a tensor of shape (B, 1, ..., 1) beside fields; or None where it takes none.
             A context gives each field a value of its own.
+        boundary: ``"periodic"``, where translations leave the action alone, or ``"open"``, where
+            they do but for the borders.
 
     Attributes:
         sites: the number of sites.
@@ -49,9 +51,12 @@ class LatticeAction(Target):
         shape: Sequence[int],
         action: Callable[..., Tensor],
         parameter: float | None = None,
+        *,
+        boundary: str = "periodic",
     ) -> None:
         super().__init__()
         self.shape = lattice_shape("shape", shape)
+        self.boundary = validation.choice("boundary", boundary, BOUNDARIES)
         self.sites = math.prod(self.shape)
         expected = "a function from fields of shape (B, *shape) to actions of shape (B,)"
         validation.kind("action", action, callable(action), expected)
@@ -102,7 +107,7 @@ class LatticeAction(Target):
 
     def resized(self, shape: Sequence[int]) -> LatticeAction:
         """The same action on a lattice of another shape."""
-        return LatticeAction(shape, self.action, self.parameter)
+        return LatticeAction(shape, self.action, self.parameter, boundary=self.boundary)
 
     def extra_repr(self) -> str:
         name = getattr(self.action, "__name__", type(self.action).__name__)

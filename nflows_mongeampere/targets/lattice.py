@@ -10,8 +10,7 @@ from normflows.distributions import Target
 from torch import Tensor
 
 from nflows_mongeampere import validation
-
-BOUNDARIES = ("periodic", "open")
+from nflows_mongeampere.groups import BOUNDARIES
 
 
 class Lattice(Target):
