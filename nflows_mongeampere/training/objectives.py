@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, TypeVar
 
 import pytorch_lightning as lightning
@@ -215,7 +216,8 @@ class Objective(lightning.LightningModule):
         return self.loss(batch)[None] if self._gives_mean else self.losses(batch)
 
     def _seeded(self, seed: int, evaluate: Callable[[Any], Result], batch: Any) -> Result:
-        if all(parameter.device.type == "cpu" for parameter in self.flow.parameters()):
+        tensors = chain(self.flow.parameters(), self.flow.buffers())
+        if all(tensor.device.type == "cpu" for tensor in tensors):
             # for accelerators that nothing uses, torch.manual_seed keeps a stack trace each time
             torch.default_generator.manual_seed(seed)
         else:
