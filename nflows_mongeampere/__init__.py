@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from nflows_mongeampere.accuracy import AccuracyWarning, ErrorEstimate, StepChoice
 from nflows_mongeampere.costs import TransportCosts
-from nflows_mongeampere.coupling import MongeAmpereCouplingTransform
+from nflows_mongeampere.coupling import Bumps, MongeAmpereCouplingTransform
 from nflows_mongeampere.groups import Group
 from nflows_mongeampere.integration import IntegrationError, Integrator
 from nflows_mongeampere.models import refined, transport_costs
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AccuracyWarning",
     "AutogradPotential",
+    "Bumps",
     "ConvolutionalPotential",
     "DeepConvolutionalPotential",
     "DeepPotential",

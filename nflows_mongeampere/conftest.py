@@ -203,6 +203,7 @@ POTENTIALS = {
         (2, 2, 1),
         PixelwiseDynamics,
     ),
+    "pixel": Example(lambda: pixelwise((2, 1, 1), context_channels=3), (2,), PixelwiseDynamics),
     "deep": Example(lambda: deep(2, 3), (2,), LayersDynamics),
     "deep-rank": Example(lambda: deep(4, 3, rank=2), (4,), LayersDynamics),
     "deeper-all": Example(

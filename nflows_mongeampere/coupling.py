@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from nflows.transforms.coupling import CouplingTransform
 from torch import Tensor, nn
 
 from nflows_mongeampere import validation
+from nflows_mongeampere.configured import Configured
 from nflows_mongeampere.potentials import Potential
 from nflows_mongeampere.transform import MongeAmpereTransform
 
@@ -135,6 +137,68 @@ class MongeAmpereCouplingTransform(CouplingTransform):
         self, inputs: Tensor, transform_params: Tensor
     ) -> tuple[Tensor, Tensor]:
         return self.transform.inverse(inputs, transform_params.flatten(1))
+
+
+class Bumps(Configured, nn.Module):
+    r"""A first layer for the network of a coupling layer, whose units see one place each.
+
+    .. math:: \phi_j(x) = e^{-h_j^2}, \qquad h_j = w_j \cdot x + b_j
+
+    Units that bend softly around the origin need hundreds of steps before a network answers one
+    place differently from the next. Bumps lie side by side from the start, along each feature in
+    turn, and soon tell the two moons apart. For few features, of mean 0 and standard deviation 1 or
+    so.
+
+    Args:
+        in_features: D, the number of features that pass.
+        out_features: H, the number of bumps, at least D.
+        sharpness: of the rows, on average: a bump is about as wide as its inverse.
+        reach: the bumps are spread evenly from minus this to this.
+
+    Attributes:
+        weight: w, shape (H, D). Bump j looks along feature j modulo D.
+        bias: b, shape (H,).
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit.
+
+    Example:
+        >>> import torch
+        >>> from nflows_mongeampere import PixelwisePotential
+        >>> def network(features, outputs):
+        ...     return nn.Sequential(Bumps(features, 64), nn.Linear(64, outputs), nn.SiLU())
+        >>> potential = PixelwisePotential((1, 1, 1), 32, context_channels=64)
+        >>> layer = MongeAmpereCouplingTransform([0, 1], network, potential, steps=2)
+        >>> layer(torch.randn(7, 2))[0].shape
+        torch.Size([7, 2])
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, *, sharpness: float = 3.0, reach: float = 2.5
+    ) -> None:
+        super().__init__()
+        self.in_features = validation.integer("in_features", in_features)
+        self.out_features = validation.integer("out_features", out_features, minimum=in_features)
+        self.sharpness = validation.positive("sharpness", sharpness)
+        self.reach = validation.positive("reach", reach)
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Spread the bumps anew, from half to twice as sharp as ``sharpness``."""
+        number = torch.arange(self.out_features, device=self.weight.device)
+        feature, turn = number % self.in_features, number // self.in_features
+        share = (turn + 0.5) / math.ceil(self.out_features / self.in_features)
+        slope = self.sharpness * torch.exp2(2 * torch.rand_like(self.bias) - 1)
+        self.weight.zero_()
+        self.weight[number, feature] = slope
+        self.bias.copy_(slope * self.reach * (1 - 2 * share))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The bumps at points of shape (B, D), shape (B, H)."""
+        return torch.exp(-nn.functional.linear(x, self.weight, self.bias).square())
 
 
 class _Network(nn.Module):

@@ -1,5 +1,7 @@
 """Coupling layers: what moves, what passes, and the determinant of both."""
 
+import math
+
 import pytest
 import torch
 from nflows.distributions import StandardNormal
@@ -14,6 +16,7 @@ from torch import nn
 
 from nflows_mongeampere import (
     AutogradPotential,
+    Bumps,
     DeepPotential,
     MongeAmpereCouplingTransform,
     RidgePotential,
@@ -156,3 +159,32 @@ def test_networks_as_potentials_take_the_context_too():
     built = layer(potential, steps=12)
     x = torch.randn(3, 5, dtype=torch.float64)
     close(built(x)[1], log_determinant(lambda points: built(points)[0], x), 1e-4)
+
+
+def test_bumps_lie_side_by_side_along_each_feature():
+    layer = Bumps(2, 9, sharpness=3.0, reach=2.0).double()
+    assert (layer.weight != 0).tolist() == [[True, False], [False, True]] * 4 + [[True, False]]
+    slopes = layer.weight.sum(1)
+    assert slopes.min() >= 1.5
+    assert slopes.max() <= 6
+    # a bump is one at its place, and 1/e at a distance of 1 / slope
+    places = torch.tensor([-1.6, -0.8, 0.0, 0.8, 1.6]).double().repeat_interleave(2)[:9]
+    points = torch.zeros(9, 2).double()
+    points[torch.arange(9), torch.arange(9) % 2] = places
+    close(layer(points).diagonal(), torch.ones(9).double(), 1e-5)
+    beside = points + (layer.weight != 0) / slopes[:, None]
+    close(layer(beside).diagonal(), torch.full((9,), math.exp(-1)).double(), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"in_features": 0}, "in_features: got 0"),
+        ({"out_features": 2}, "out_features: got 2, expected an integer >= 3"),
+        ({"sharpness": 0.0}, "sharpness: got 0.0"),
+        ({"reach": -1.0}, "reach: got -1.0"),
+    ],
+)
+def test_bumps_that_cannot_be(arguments, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        Bumps(**{"in_features": 3, "out_features": 8, **arguments})

@@ -21,7 +21,7 @@ from torch import nn
 
 from nflows_mongeampere import potentials, validation
 from nflows_mongeampere.atomic import write as write  # for those who write beside a flow
-from nflows_mongeampere.coupling import MongeAmpereCouplingTransform
+from nflows_mongeampere.coupling import Bumps, MongeAmpereCouplingTransform
 from nflows_mongeampere.flow import MongeAmpereFlow, Noise
 from nflows_mongeampere.groups import Group
 from nflows_mongeampere.lattices import LatticeFlow
@@ -248,6 +248,7 @@ def _linear(m: nn.Linear) -> Arguments:
 OURS: tuple[type, ...] = (
     *(getattr(potentials, name) for name in potentials.__all__),
     Group,
+    Bumps,
     MongeAmpereTransform,
     MongeAmpereFlow,
     Bounded,

@@ -11,6 +11,7 @@ from torch import nn
 
 from nflows_mongeampere import (
     AutogradPotential,
+    Bumps,
     DeepPotential,
     MongeAmpereCouplingTransform,
     MongeAmpereFlow,
@@ -50,7 +51,8 @@ def composite():
 def coupled():
     def network(passing, outputs):
         return nn.Sequential(
-            nn.Linear(passing, 6), nn.SiLU(), nn.Dropout(0.5), nn.Linear(6, outputs)
+            *(Bumps(passing, 6, sharpness=2.0), nn.Linear(6, 6), nn.SiLU()),
+            *(nn.Dropout(0.5), nn.Linear(6, outputs)),
         )
 
     parts = [

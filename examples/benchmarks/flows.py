@@ -31,9 +31,11 @@ from torch import Tensor, nn
 
 from nflows_mongeampere import (
     AutogradPotential,
+    Bumps,
     DeepPotential,
     MongeAmpereCouplingTransform,
     MongeAmpereTransform,
+    PixelwisePotential,
     RidgePotential,
 )
 from nflows_mongeampere.convergence import converged
@@ -309,9 +311,12 @@ def deep(features: int, hidden: int) -> Nflows:
 def coupling(features: int, hidden: int) -> Nflows:
     """Coupling layers that move half of the features in ridges which a network draws from the rest.
 
-    Of many features there are few images, and the network forgets half of its units in training,
-    because it is what learns by heart. In the plane ridges start sharp, and rows are endless.
+    In the plane, where rows are endless, the network draws all of the potential and not its offsets
+    alone; networks and ridges start sharp. Of many features there are few images, and the network
+    forgets half of its units in training, because it is what learns by heart.
     """
+    if features == 2:
+        return plane_coupling(hidden)
     many = features > 8
     width = 64 if many else 32
 
@@ -325,17 +330,27 @@ def coupling(features: int, hidden: int) -> Nflows:
     layers = []
     for i in range(4):
         # the features alternate, then the pairs of features
-        mask = torch.arange(features) // (2 if i > 1 and features > 2 else 1) % 2 == i % 2
+        mask = torch.arange(features) // (2 if i > 1 else 1) % 2 == i % 2
         moving = int(mask.sum())
-        potential = RidgePotential(
-            moving,
-            hidden,
-            context_features=width,
-            activation="softplus" if many else "logcosh",
-        )
-        potential.initialize(torch.randn(500, moving), sharpness=3.0 if features == 2 else 1.0)
+        activation = "softplus" if many else "logcosh"
+        potential = RidgePotential(moving, hidden, context_features=width, activation=activation)
+        potential.initialize(torch.randn(500, moving), sharpness=1.0)
         layers.append(MongeAmpereCouplingTransform(mask.int(), network, potential, steps=2))
     return Nflows(features, *layers)
+
+
+def plane_coupling(hidden: int) -> Nflows:
+    """Four coupling layers in the plane, each of one potential that a network draws."""
+
+    def network(passing: int, outputs: int) -> nn.Module:
+        return nn.Sequential(Bumps(passing, 64), nn.Linear(64, outputs), nn.SiLU())
+
+    layers = []
+    for mask in ([0, 1], [1, 0]) * 2:
+        potential = PixelwisePotential((1, 1, 1), hidden, context_channels=64, stiffness=8.0)
+        potential.initialize(torch.randn(500, 1), sharpness=5.0)
+        layers.append(MongeAmpereCouplingTransform(mask, network, potential, steps=2))
+    return Nflows(2, *layers)
 
 
 class Potential(nn.Module):

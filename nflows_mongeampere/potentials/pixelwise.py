@@ -250,7 +250,7 @@ class PixelwiseDynamics(Dynamics):
         p = self._activation.first(torch.addmm(offset, weight, x, out=h), out=h)
         self._activation.second(p, out=second)
         velocity = torch.addcmul(drift, scale, x).addmm_(weight.T, p.mul_(amplitude))
-        bend = torch.addmm(self._channels * scale, lengths, second.mul_(amplitude))
+        bend = torch.addmm(scale, lengths, second.mul_(amplitude), beta=self._channels)
         return self._columns(velocity, bend, state.shape[1]), (x,)
 
     def pullback(
@@ -263,24 +263,23 @@ class PixelwiseDynamics(Dynamics):
         (x,), activation = kept, self._activation
         weight, lengths, offset, amplitude, _, scale = self.tensors
         d_weight, d_lengths, d_offset, d_amplitude, d_drift, d_scale = gradients
-        of_x, of_l = self._pixels(adjoint), adjoint[self.coordinates :]
+        of_x, of_l = self._pixels(adjoint), None
+        if len(adjoint) > self.coordinates:
+            of_l = adjoint[self.coordinates :]
+            if not self._single:  # the same for all pixels of an image
+                of_l = of_l.expand(x.shape[1] // of_l.shape[1], -1).reshape(1, -1)
         h, second, force, bend = self._room
         p = activation.first(torch.addmm(offset, weight, x, out=h), out=h)
         torch.mm(weight, of_x, out=force)
         if d_amplitude is not None:
             _add(d_amplitude, force, p)
-        bent = None
-        if len(of_l):
-            # the same for all pixels of an image
-            of_l = of_l.expand(x.shape[1] // of_l.shape[1], -1).reshape(1, -1)
-            bent = torch.mul(lengths.T, of_l, out=bend)
-            if d_scale is not None:
-                _add(d_scale, of_l, of_l.new_full((1, 1), self._channels))
+        bent = None if of_l is None else torch.mul(lengths.T, of_l, out=bend)
         activation.pull_back(p, force, bent, second)
-        if bent is not None and d_amplitude is not None:
-            _add(d_amplitude, bent, second)
-        if len(of_l) and d_lengths is not None:
-            d_lengths.addmm_(of_l, second.mul_(amplitude).T)
+        if of_l is not None and bent is not None:
+            if d_amplitude is not None:
+                _add(d_amplitude, bent, second)
+            if d_lengths is not None:
+                d_lengths.addmm_(of_l, second.mul_(amplitude).T)
         g = force.mul_(amplitude)
         if d_offset is not None:
             _add(d_offset, g)
@@ -289,19 +288,29 @@ class PixelwiseDynamics(Dynamics):
         if d_drift is not None:
             _add(d_drift, of_x)
         if d_scale is not None:
-            _add(d_scale, (of_x * x).sum(0, keepdim=True))
+            along = of_x * x
+            along = along if self._channels == 1 else along.sum(0, keepdim=True)
+            _add(d_scale, along if of_l is None else along.add_(of_l, alpha=self._channels))
         back = torch.mul(scale, of_x).addmm_(weight.T, g)
-        return back.view(self.coordinates, -1)
+        return back if self._single else back.view(self.coordinates, -1)
 
     def points(self, state: Tensor) -> Tensor:
         return as_rows(state[: self.coordinates], self._event_shape)
 
+    @property
+    def _single(self) -> bool:
+        """Whether images are of one pixel, so that columns need not be rearranged."""
+        return self.coordinates == self._channels
+
     def _pixels(self, columns: Tensor) -> Tensor:
         """The coordinates of images that are columns as those of pixels, shape (C, P·B)."""
-        return columns[: self.coordinates].reshape(self._channels, -1)
+        x = columns[: self.coordinates]
+        return x if self._single else x.reshape(self._channels, -1)
 
     def _columns(self, velocity: Tensor, bend: Tensor, batch: int) -> Tensor:
         """What pixels do as what their images do, with the bends of a column added up."""
+        if self._single:
+            return torch.cat([velocity, bend.expand(1, batch)])
         laplacian = bend.expand(-1, velocity.shape[1]).reshape(-1, batch).sum(0, keepdim=True)
         return torch.cat([velocity.reshape(self.coordinates, batch), laplacian])
 

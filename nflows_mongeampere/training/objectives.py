@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, TypeVar
 
 import pytorch_lightning as lightning
@@ -137,7 +138,7 @@ class Objective(lightning.LightningModule):
     def training_step(self, batch: Any, index: int) -> Tensor:
         seed = mix(self.seed, self.batches, self.global_rank)
         self.batches += 1
-        loss = self._evaluated(batch, lambda: _seeded(seed, self._penalised_loss, batch))
+        loss = self._evaluated(batch, lambda: self._seeded(seed, self._penalised_loss, batch))
         self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
         return loss
 
@@ -195,10 +196,10 @@ class Objective(lightning.LightningModule):
             None for a flow without a solver.
         """
         with refined(self.flow):
-            fine = _seeded(seed, self._row_losses, batch)
+            fine = self._seeded(seed, self._row_losses, batch)
         if not transports(self.flow):
             return fine, None
-        coarse = _seeded(seed, self._row_losses, self.watched(batch))
+        coarse = self._seeded(seed, self._row_losses, self.watched(batch))
         return fine, coarse - fine[: len(coarse)]
 
     def watched(self, batch: Any) -> Any:
@@ -213,6 +214,15 @@ class Objective(lightning.LightningModule):
     def _row_losses(self, batch: Any) -> Tensor:
         """The loss of each row, or their mean for all of them, where there is no more."""
         return self.loss(batch)[None] if self._gives_mean else self.losses(batch)
+
+    def _seeded(self, seed: int, evaluate: Callable[[Any], Result], batch: Any) -> Result:
+        tensors = chain(self.flow.parameters(), self.flow.buffers())
+        if all(tensor.device.type == "cpu" for tensor in tensors):
+            # for accelerators that nothing uses, torch.manual_seed keeps a stack trace each time
+            torch.default_generator.manual_seed(seed)
+        else:
+            torch.manual_seed(seed)
+        return evaluate(batch)
 
     @property
     def _gives_mean(self) -> bool:
@@ -395,7 +405,7 @@ class ReverseKL(Objective):
 
     def predict_step(self, batch: Any, index: int) -> tuple[Tensor, Tensor]:
         """Samples, shape (N, ...), and their log-density, shape (N,); for each context its own."""
-        return _seeded(mix(self.seed, index, self.global_rank, 1), self._draw, batch)
+        return self._seeded(mix(self.seed, index, self.global_rank, 1), self._draw, batch)
 
     def _context(self, batch: Any) -> Tensor | None:
         return _part(batch, -1) if self._conditional else None
@@ -423,11 +433,6 @@ def _held(flow: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-
-
-def _seeded(seed: int, evaluate: Callable[[Any], Result], batch: Any) -> Result:
-    torch.manual_seed(seed)
-    return evaluate(batch)
 
 
 def _part(batch: Any, number: int) -> Any:
