@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +26,7 @@ from nflows_mongeampere import (
     RidgePotential,
     SymmetrizedPotential,
 )
+from nflows_mongeampere.conftest import tested
 from nflows_mongeampere.groups import translations
 from nflows_mongeampere.normflows import MongeAmpere
 
@@ -230,23 +230,8 @@ class Model:
         return self.density.log_prob(x, context)
 
 
-def covering(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """Few of the rows that show every pair of entries of all of them, chosen greedily."""
-    pairs = {row: set(itertools.combinations(enumerate(row), 2)) for row in rows}
-    missing = set().union(*pairs.values())
-    chosen = []
-    while missing:
-        best = max(rows, key=lambda row: len(pairs[row] & missing))
-        missing -= pairs[best]
-        chosen.append(best)
-    return chosen
-
-
 AXES = (POTENTIALS, ACTIVATIONS, ROUND_TRIP, SENSITIVITIES)
 COMBINATIONS = [
     row for row in itertools.product(*AXES) if not (row[2] == "alf" and "adjoint" in row[3])
 ]
-# every pair of the axes; `make test-all` walks every combination
-CASES = [
-    Case(*row) for row in (COMBINATIONS if "ALL_CASES" in os.environ else covering(COMBINATIONS))
-]
+CASES = [Case(*row) for row in tested(COMBINATIONS)]  # every pair

@@ -2,8 +2,6 @@
 
 import io
 import itertools
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -18,8 +16,8 @@ from cases import (
     SENSITIVITIES,
     Case,
     Model,
-    covering,
 )
+from nflows_mongeampere.conftest import covering
 from nflows_mongeampere.potentials.ridges import ReducedDynamics, RidgeDynamics
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -107,21 +105,6 @@ def test_log_prob(case, face):
 
 
 @every_case
-def test_faces_agree(case):
-    """The forward of normflows is the inverse of nflows."""
-    transform, flow = (Model(case, face).transport for face in FACES)
-    x, context = case.batch()
-    with torch.no_grad():
-        for ours, theirs in ((transform.inverse, flow.forward), (transform.forward, flow.inverse)):
-            torch.manual_seed(6)
-            points, logabsdet = ours(x, context)
-            torch.manual_seed(6)
-            same_points, same_logabsdet = theirs(x, context)
-            assert torch.equal(points, same_points)
-            assert torch.equal(logabsdet, same_logabsdet)
-
-
-@every_case
 def test_repr_names_the_choices(case):
     model = Model(case)
     text = repr(model.density)
@@ -143,20 +126,6 @@ def test_both_coordinates_are_walked(name, solver):
     model = Model(case)
     dynamics = model.potential.dynamics(*case.batch(), model.transport.integrator.evaluations)
     assert type(dynamics) is (ReducedDynamics if name.startswith("reduced") else RidgeDynamics)
-
-
-def test_an_import_loads_no_compiler_and_no_training_engine():
-    """Nor plotting: what takes long to import and most users never need."""
-    code = """
-import sys
-import torch, nflows, torchdyn.numerics
-before = set(sys.modules)
-import nflows_mongeampere
-heavy = {"torch._dynamo", "pytorch_lightning", "normflows", "scipy", "matplotlib"}
-print(*(heavy & (set(sys.modules) - before)))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == []
 
 
 def test_every_public_name_is_there_and_listed():
