@@ -26,7 +26,7 @@ from nflows_mongeampere import (
     RidgePotential,
     SymmetrizedPotential,
 )
-from nflows_mongeampere.conftest import tested
+from nflows_mongeampere.conftest import walked
 from nflows_mongeampere.groups import translations
 from nflows_mongeampere.normflows import MongeAmpere
 
@@ -157,16 +157,18 @@ POTENTIALS = {
 
 @dataclass(frozen=True)
 class Case:
-    """A flow: potential x activation x solver x sensitivity."""
+    """A flow: potential x activation x solver x sensitivity x face."""
 
     potential: str
     activation: str = "softplus"
     solver: str = "rk4"
     sensitivity: str = "autograd"
+    face: str = "nflows"
     keywords: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __str__(self) -> str:
-        return f"{self.potential}-{self.activation}-{self.solver}-{self.sensitivity}"
+        names = self.potential, self.activation, self.solver, self.sensitivity, self.face
+        return "-".join(names)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -206,12 +208,12 @@ class Case:
 
 
 class Model:
-    """A density whose transport is a case, through the eyes of one face."""
+    """A density whose transport is a case, through the eyes of its face or of another one."""
 
-    def __init__(self, case: Case, face: str = "nflows", seed: int = 0) -> None:
+    def __init__(self, case: Case, face: str | None = None, seed: int = 0) -> None:
         potential = case.build_potential(seed)
         self.density: nn.Module
-        if face == "nflows":
+        if (face or case.face) == "nflows":
             transform = MongeAmpereTransform(potential, **case.settings)
             self.transport = transform
             self.to_noise, self.to_data = transform.forward, transform.inverse
@@ -230,8 +232,10 @@ class Model:
         return self.density.log_prob(x, context)
 
 
-AXES = (POTENTIALS, ACTIVATIONS, ROUND_TRIP, SENSITIVITIES)
+AXES = (POTENTIALS, ACTIVATIONS, ROUND_TRIP, SENSITIVITIES, FACES)
 COMBINATIONS = [
     row for row in itertools.product(*AXES) if not (row[2] == "alf" and "adjoint" in row[3])
 ]
-CASES = [Case(*row) for row in tested(COMBINATIONS)]  # every pair
+CASES = [Case(*row) for row in walked(COMBINATIONS)]  # every pair
+# every entry, for what a solve does not know of: how a batch comes in and its results go out
+FEW_CASES = [Case(*row) for row in walked(COMBINATIONS, together=1)]

@@ -82,7 +82,9 @@ class TestEstimateError:
     @pytest.mark.parametrize("solver", ADAPTIVE)
     @pytest.mark.parametrize("tolerance", [1e-3, 1e-6])
     def test_adaptive_solvers(self, solver, tolerance):
-        cases = [case(seed, solver=solver, atol=tolerance, rtol=tolerance) for seed in (0, 9, 18, 28)]
+        cases = [
+            case(seed, solver=solver, atol=tolerance, rtol=tolerance) for seed in (0, 9, 18, 28)
+        ]
         # steps of least size may be far better than what was asked for
         assert count_within(3, cases, floor=tolerance / 30) == [4, 4]
 

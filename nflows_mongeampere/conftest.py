@@ -56,9 +56,9 @@ TABLEAUS: dict[str, tuple[list[tuple[float, list[float]]], list[float]]] = {
 }
 
 
-def covering(rows: Sequence[Row]) -> Sequence[Row]:
+def covering(rows: Sequence[Row], together: int = 2) -> Sequence[Row]:
     """Few of the rows that show every pair of entries of all of them, chosen greedily."""
-    pairs = {row: set(itertools.combinations(enumerate(row), 2)) for row in rows}
+    pairs = {row: set(itertools.combinations(enumerate(row), together)) for row in rows}
     missing = set().union(*pairs.values())
     chosen = []
     while missing:
@@ -68,14 +68,14 @@ def covering(rows: Sequence[Row]) -> Sequence[Row]:
     return chosen
 
 
-def tested(rows: Sequence[Row]) -> Sequence[Row]:
-    """Rows that show every pair; `make test-all` walks all."""
-    return rows if "ALL_CASES" in os.environ else covering(rows)
+def walked(rows: Sequence[Row], together: int = 2) -> Sequence[Row]:
+    """Rows that show every pair, or every entry; `make test-all` walks all."""
+    return rows if "ALL_CASES" in os.environ else covering(rows, together)
 
 
 def every_pair(*axes: Iterable[Hashable]) -> Sequence[Row]:
     """Rows with an entry of each axis: every pair of entries meets in one of them."""
-    return tested(list(itertools.product(*axes)))
+    return walked(list(itertools.product(*axes)))
 
 
 class Network(nn.Module):
