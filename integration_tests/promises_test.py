@@ -1,4 +1,4 @@
-"""What every flow promises, for every pair of potential, activation, solver, sensitivity and face."""
+"""What every flow promises, for every pair of potential, activation, solver, ..., and face."""
 
 import io
 import itertools

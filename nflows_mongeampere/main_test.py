@@ -108,7 +108,7 @@ def test_files_that_are_not_there(tmp_path):
 def test_help_teaches(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["nflows_mongeampere", "--help"])
     monkeypatch.delitem(sys.modules, "nflows_mongeampere.__main__")
-    with pytest.raises(SystemExit, match="^0$"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         runpy.run_module("nflows_mongeampere", run_name="__main__")  # as python -m does
     printed = capsys.readouterr().out
     for line in ("fit table.csv --out model.safetensors", "score table.csv --model", "anomalies"):
