@@ -8,6 +8,8 @@ from io import StringIO
 from pathlib import Path
 from unittest import mock
 
+import torch
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
@@ -20,11 +22,13 @@ def start(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 def call(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     """The same in this process, for what ends soon."""
     command = [str(EXAMPLES / program), *map(str, arguments)]
-    out, err = StringIO(), StringIO()
+    out, err, threads = StringIO(), StringIO(), torch.get_num_threads()
     with mock.patch.object(sys, "argv", command), redirect_stdout(out), redirect_stderr(err):
         try:
             runpy.run_path(command[0], run_name="__main__")
             code = 0
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else int(bool(stop.code))
+        finally:
+            torch.set_num_threads(threads)
     return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
