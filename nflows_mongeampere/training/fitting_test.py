@@ -202,10 +202,10 @@ def test_variational_training_comes_down_to_the_exact_free_energy(library, tmp_p
     exact = -math.log(math.pi * (math.exp(-1) + math.sqrt(math.pi) * (1 + math.erf(1))))
     if library == "nflows":
         objective = ReverseKL(
-            MongeAmpereFlow(2, 16, steps=2), Ring(), learning_rate=2e-2, steps=150
+            MongeAmpereFlow(2, 16, steps=2), Ring(), learning_rate=3e-2, steps=100
         )
     else:
-        objective = ReverseKL(normflows_model(Ring()), learning_rate=2e-2, steps=150)
+        objective = ReverseKL(normflows_model(Ring()), learning_rate=3e-2, steps=100)
     train(objective, tmp_path)
     objective.num_samples = 4000
     with torch.no_grad(), refined(objective.flow):
