@@ -9,7 +9,14 @@ ROOT = Path(__file__).parent.parent
 NOTEBOOKS = ROOT / "docs" / "notebooks"  # executed by `make docs`
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # those that train for long, and those with a test of their own
-LONG, ELSEWHERE = {"inference.md-2", "variational.md-1"}, {"pipeline.md-0"}
+LONG = {
+    "flow_matching.md-0",
+    "inference.md-2",
+    "lattices.md-0",
+    "lattices.md-1",
+    "variational.md-1",
+}
+ELSEWHERE = {"pipeline.md-0"}
 BLOCKS = [
     pytest.param(block, id=name, marks=[pytest.mark.long] if name in LONG else [])
     for page in PAGES
