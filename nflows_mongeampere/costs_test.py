@@ -41,7 +41,7 @@ def record(transform, x, context=None, inverse=False):
 def quadrature(transform, x, context, stop):
     """Both integrals by calculus of polynomials through points of the path."""
     times = transform.time * (1 + chebyshev.chebpts2(13)) / 2
-    transform.steps = 32
+    transform.steps = 16
     with torch.no_grad():
         path = transform.trajectory(x, times if stop else times[::-1].copy(), context)
     value = definition(transform.potential, context)
