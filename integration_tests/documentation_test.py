@@ -15,6 +15,7 @@ LONG = {
     "lattices.md-0",
     "lattices.md-1",
     "variational.md-1",
+    "variational.md-2",
 }
 ELSEWHERE = {"pipeline.md-0"}
 BLOCKS = [

@@ -24,6 +24,7 @@ from nflows_mongeampere.conftest import (
     close,
     definition,
     differentiate,
+    every_pair,
     make,
     ridge,
 )
@@ -120,10 +121,15 @@ def test_recording_changes_nothing(name):
             close(ours, theirs, 1e-12)
 
 
-@pytest.mark.parametrize("solver", ["rk4", "dopri5"])
-@pytest.mark.parametrize("sensitivity", ["recompute", "adjoint", "interpolated_adjoint"])
-@pytest.mark.parametrize("name", ["ridge-all", "reduced-all", "lattice", "network-all"])
-def test_sensitivities(solver, sensitivity, name):
+@pytest.mark.parametrize(
+    ("name", "sensitivity", "solver"),
+    every_pair(
+        ["ridge-all", "reduced-all", "lattice", "network-all"],
+        ["recompute", "adjoint", "interpolated_adjoint"],
+        ["rk4", "dopri5"],
+    ),
+)
+def test_sensitivities(name, sensitivity, solver):
     potential, x, context = make(name)
     leaves = [x.requires_grad_(), context.requires_grad_(), *potential.parameters()]
 

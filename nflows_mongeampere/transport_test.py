@@ -36,9 +36,8 @@ FACES = [MongeAmpereTransform, MongeAmpere]
 
 
 class TestExactness:
-    @pytest.mark.parametrize("solver", TABLEAUS)
-    @pytest.mark.parametrize("name", POTENTIALS)
-    def test_brute_force(self, solver, name):
+    @pytest.mark.parametrize(("name", "solver"), zip(POTENTIALS, itertools.cycle(TABLEAUS)))
+    def test_brute_force(self, name, solver):
         potential, x, context = make(name, rows=2)
         transform = MongeAmpereTransform(potential, time=1.5, steps=2, solver=solver)
         with torch.no_grad():
@@ -167,8 +166,7 @@ class TestDensity:
 
 
 class TestTrajectory:
-    @pytest.mark.parametrize("name", POTENTIALS)
-    @pytest.mark.parametrize("rising", [True, False])
+    @pytest.mark.parametrize(("name", "rising"), zip(POTENTIALS, itertools.cycle([True, False])))
     def test_every_point_solves_to_its_time(self, name, rising):
         potential, x, context = make(name, rows=2)
         transform = MongeAmpereTransform(potential, time=2.0, steps=4, solver="midpoint")
