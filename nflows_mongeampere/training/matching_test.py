@@ -77,9 +77,9 @@ def test_the_loss_is_least_at_the_optimal_velocity(duration):
 def test_a_trained_potential_moves_noise_into_the_data(pairs, tmp_path):
     torch.manual_seed(0)
     flow = MongeAmpereFlow(2, 64, time_dependent=True, steps=6)
-    objective = FlowMatching(flow, pairs=pairs, learning_rate=2e-2, steps=300, seed=0)
+    objective = FlowMatching(flow, pairs=pairs, learning_rate=2e-2, steps=400, seed=0)
     data = gaussian(4000)
-    batches = endless(EndlessBatches(data, 125), interval=150)
+    batches = endless(EndlessBatches(data, 250), interval=200)
     fit(objective, batches, DataLoader(data[:200], batch_size=200), tmp_path)
     normal = torch.distributions.MultivariateNormal(MEAN, COVARIANCE)
     test = gaussian(2000)
