@@ -20,7 +20,7 @@ help: ## show this list
 demo: $(READY) ## train flows on handwritten digits, compare and draw them (4 minutes)
 	$(BIN)/python examples/digits.py --out runs/digits
 
-test: $(READY) ## run the tests with branch coverage, one process for each core (6 minutes)
+test: $(READY) ## run the tests with branch coverage, one process for each core (4 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --cov --numprocesses auto
 
 test-long: $(READY) ## run the examples and benchmarks, small, and see what they write (4 minutes)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +26,7 @@ from nflows_mongeampere import (
     RidgePotential,
     SymmetrizedPotential,
 )
+from nflows_mongeampere.conftest import walked
 from nflows_mongeampere.groups import translations
 from nflows_mongeampere.normflows import MongeAmpere
 
@@ -157,16 +157,18 @@ POTENTIALS = {
 
 @dataclass(frozen=True)
 class Case:
-    """A flow: potential x activation x solver x sensitivity."""
+    """A flow: potential x activation x solver x sensitivity x face."""
 
     potential: str
     activation: str = "softplus"
     solver: str = "rk4"
     sensitivity: str = "autograd"
+    face: str = "nflows"
     keywords: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __str__(self) -> str:
-        return f"{self.potential}-{self.activation}-{self.solver}-{self.sensitivity}"
+        names = self.potential, self.activation, self.solver, self.sensitivity, self.face
+        return "-".join(names)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -206,12 +208,12 @@ class Case:
 
 
 class Model:
-    """A density whose transport is a case, through the eyes of one face."""
+    """A density whose transport is a case, through the eyes of its face or of another one."""
 
-    def __init__(self, case: Case, face: str = "nflows", seed: int = 0) -> None:
+    def __init__(self, case: Case, face: str | None = None, seed: int = 0) -> None:
         potential = case.build_potential(seed)
         self.density: nn.Module
-        if face == "nflows":
+        if (face or case.face) == "nflows":
             transform = MongeAmpereTransform(potential, **case.settings)
             self.transport = transform
             self.to_noise, self.to_data = transform.forward, transform.inverse
@@ -230,23 +232,10 @@ class Model:
         return self.density.log_prob(x, context)
 
 
-def covering(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """Few of the rows that show every pair of entries of all of them, chosen greedily."""
-    pairs = {row: set(itertools.combinations(enumerate(row), 2)) for row in rows}
-    missing = set().union(*pairs.values())
-    chosen = []
-    while missing:
-        best = max(rows, key=lambda row: len(pairs[row] & missing))
-        missing -= pairs[best]
-        chosen.append(best)
-    return chosen
-
-
-AXES = (POTENTIALS, ACTIVATIONS, ROUND_TRIP, SENSITIVITIES)
+AXES = (POTENTIALS, ACTIVATIONS, ROUND_TRIP, SENSITIVITIES, FACES)
 COMBINATIONS = [
     row for row in itertools.product(*AXES) if not (row[2] == "alf" and "adjoint" in row[3])
 ]
-# every pair of the axes; `make test-all` walks every combination
-CASES = [
-    Case(*row) for row in (COMBINATIONS if "ALL_CASES" in os.environ else covering(COMBINATIONS))
-]
+CASES = [Case(*row) for row in walked(COMBINATIONS)]  # every pair
+# every entry, for what a solve does not know of: how a batch comes in and its results go out
+FEW_CASES = [Case(*row) for row in walked(COMBINATIONS, together=1)]

@@ -1,10 +1,7 @@
 """Flows at work: classes of digits, sbi, the posterior of a VAE, nested sampling."""
 
 import json
-import subprocess
-import sys
 import tempfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,16 +27,9 @@ from nflows_mongeampere.training import (
     endless,
     fit,
 )
+from programs import call
 
 pytestmark = pytest.mark.long
-
-EXAMPLES = Path(__file__).parent.parent / "examples"
-
-
-def run(script, *options):
-    command = [sys.executable, EXAMPLES / script, *options]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
 
 # classes of digits
 
@@ -244,7 +234,7 @@ def test_nested_sampling_finds_the_evidence():
 )
 def test_an_example_writes_what_it_promises(script, options, picture, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    done = run(script, *options, "--out", "out")
+    done = call(script, *options, "--out", "out")
     assert done.returncode == 0, done.stderr
     out = tmp_path / "out"
     written = {path.name: path.read_bytes() for path in out.iterdir()}

@@ -8,11 +8,22 @@ import pytest
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = ROOT / "docs" / "notebooks"  # executed by `make docs`
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# those that train for long, and those with a test of their own
+LONG = {
+    "flow_matching.md-0",
+    "inference.md-2",
+    "lattices.md-0",
+    "lattices.md-1",
+    "variational.md-1",
+    "variational.md-2",
+}
+ELSEWHERE = {"pipeline.md-0"}
 BLOCKS = [
-    pytest.param(block, id=f"{page.name}-{number}")
+    pytest.param(block, id=name, marks=[pytest.mark.long] if name in LONG else [])
     for page in PAGES
     if page.parent != NOTEBOOKS
     for number, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
+    if (name := f"{page.name}-{number}") not in ELSEWHERE
 ]
 
 

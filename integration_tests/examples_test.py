@@ -1,22 +1,18 @@
 """The examples run to the end and write what they promise."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.long
+from programs import call, start
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
     out = tmp_path_factory.mktemp("digits")
-    command = [sys.executable, EXAMPLES / "digits.py", "--seconds", "3", "--out", out]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    run = start("digits.py", "--seconds", 3, "--out", out)
     assert run.returncode == 0, run.stderr
     return out, run.stdout
 
@@ -45,8 +41,7 @@ def test_digits_density_is_right_to_the_solver(digits):
 
 
 def test_digits_checks_its_options(tmp_path):
-    command = [sys.executable, EXAMPLES / "digits.py", "--seconds", "0", "--out", tmp_path / "no"]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    run = call("digits.py", "--seconds", 0, "--out", tmp_path / "no")
     assert run.returncode == 2
     assert "--seconds" in run.stderr
     assert not (tmp_path / "no").exists()

@@ -5,6 +5,7 @@ dtype or name, a number out of range, NaN in the data, a context that is missing
 left to torch's own errors. `make test-all` makes many more calls.
 """
 
+import itertools
 import math
 import os
 
@@ -277,10 +278,11 @@ class Steep(nn.Module):
         return 1e15 * x.square().sum(1).square()
 
 
-@pytest.mark.parametrize("solver", ROUND_TRIP)
-@pytest.mark.parametrize("cls", [MongeAmpereTransform, MongeAmpere])
+@pytest.mark.parametrize(
+    ("solver", "cls"), zip(ROUND_TRIP, itertools.cycle([MongeAmpereTransform, MongeAmpere]))
+)
 def test_a_solver_that_does_not_arrive_says_so(solver, cls):
-    flow = cls(AutogradPotential(Steep()), solver=solver, steps=4, max_steps=20)
+    flow = cls(AutogradPotential(Steep()), solver=solver, steps=1, max_steps=20)
     with pytest.raises(IntegrationError, match="steps"):
         flow.inverse(torch.randn(2, 3))
 

@@ -6,10 +6,9 @@ import csv
 import itertools
 import json
 import math
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
@@ -27,21 +26,15 @@ from nflows_mongeampere.training import (
     fit,
     restore,
 )
+from programs import call, start
 
 pytestmark = pytest.mark.long
-
-EXAMPLES = Path(__file__).parent.parent / "examples"
-
-
-def start(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, EXAMPLES / "ising.py", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "ising"
-    done = start("--length", 4, "--steps", 600, "--samples", 2000, "--out", out)
+    done = start("ising.py", "--length", 4, "--steps", 600, "--samples", 2000, "--out", out)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout[: done.stdout.rindex("}") + 1])["length"] == 4
     return out
@@ -77,7 +70,7 @@ def test_a_run_leaves_figures_metrics_and_checkpoints(run):
 
 def test_a_finished_run_is_not_overwritten_unasked(run):
     before = (run / "results.json").read_text()
-    again = start("--length", 4, "--steps", 600, "--samples", 2000, "--out", run)
+    again = call("ising.py", "--length", 4, "--steps", 600, "--samples", 2000, "--out", run)
     assert again.returncode == 2
     assert "error: --out:" in again.stderr
     assert (run / "results.json").read_text() == before
@@ -93,7 +86,7 @@ def test_a_finished_run_is_not_overwritten_unasked(run):
     ],
 )
 def test_nonsense_is_refused(arguments, message, tmp_path):
-    refused = start(*arguments, "--out", tmp_path / "run")
+    refused = call("ising.py", *arguments, "--out", tmp_path / "run")
     assert refused.returncode == 2
     assert message in refused.stderr
     assert not (tmp_path / "run").exists()
@@ -174,9 +167,8 @@ def test_the_guard_catches_a_solver_that_is_too_coarse(tmp_path):
     assert steps[-1] > steps[0]
 
 
-def tabulate(*folders: Path, out: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, EXAMPLES / "benchmarks" / "ising_table.py", *folders, "--out", out]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+def tabulate(*folders: Path, out: Path) -> CompletedProcess[str]:
+    return call("benchmarks/ising_table.py", *folders, "--out", out)
 
 
 def test_the_table_holds_finished_runs(run, tmp_path):
@@ -219,7 +211,9 @@ def test_the_command_of_a_run_names_what_is_not_the_default(changes, flags):
 
 def test_an_antiferromagnet_in_a_field(tmp_path):
     variant = ["--couplings", -1, -0.5, "--field", 0.3, "--temperature", 2.0]
-    done = start("--length", 4, *variant, "--steps", 200, "--samples", 2000, "--out", tmp_path)
+    done = call(
+        "ising.py", "--length", 4, *variant, "--steps", 200, "--samples", 2000, "--out", tmp_path
+    )
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results.json").read_text())
     target = Ising(4, 2.0, couplings=(-1.0, -0.5), field=0.3)

@@ -33,7 +33,7 @@ def contexts(case, size):
     return [None, torch.randn(size, 3)] if context is None else [context]
 
 
-@pytest.mark.parametrize("size", [0, 1, 5])
+@pytest.mark.parametrize("size", [0, 3])
 @every_potential
 def test_transform(potential, size):
     """Shapes, and the inverse after the forward, as nflows composes them."""
@@ -58,27 +58,7 @@ def test_transform(potential, size):
     torch.testing.assert_close(found[2:], found[:-2])  # a context that is not taken is ignored
 
 
-@every_potential
-def test_logabsdet_is_that_of_the_jacobian(potential):
-    """Of each row; those of other rows do not enter."""
-    case = Case(potential)
-    transform, x = Model(case).transport, case.batch()[0]
-    for context in contexts(case, len(x)):
-        for direction in (transform.forward, transform.inverse):
-            torch.manual_seed(2)
-            logabsdet = direction(x, context)[1]
-            whole = jacobian(lambda x, f=direction, c=context: f(x, c)[0], x)
-            size = x[0].numel()
-            blocks = whole.reshape(len(x), size, len(x), size).transpose(1, 2)
-            for i, j in itertools.product(range(len(x)), repeat=2):
-                if i != j:
-                    assert blocks[i, j].abs().max() == 0
-                elif potential != "hutchinson":
-                    expected = torch.linalg.slogdet(blocks[i, i])[1]
-                    torch.testing.assert_close(logabsdet[i], expected, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("rows", [None, 1, 4])
+@pytest.mark.parametrize("rows", [None, 3])
 @every_potential
 def test_flow(potential, rows):
     """Samples in the shape of an event, for each row of context, with their densities."""

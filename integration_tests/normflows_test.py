@@ -10,6 +10,7 @@ from torch.autograd.functional import jacobian
 
 from cases import POTENTIALS, SENSITIVITIES, Case, Model
 from nflows_mongeampere import RidgePotential
+from nflows_mongeampere.conftest import every_pair
 from nflows_mongeampere.normflows import MongeAmpere
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -32,30 +33,10 @@ def contexts(case, size):
     return [None, torch.randn(size, 3)] if context is None else [context]
 
 
-@pytest.mark.parametrize("size", [0, 1, 5])
 @pytest.mark.parametrize("potential", POTENTIALS)
-def test_layer(potential, size):
-    """Shapes and dtypes, and that forward and inverse undo both outputs of each other."""
-    case = Case(potential)
-    flow, z = Model(case, "normflows").transport, case.batch(size)[0]
-    for context in contexts(case, size):
-        for there, back in ((flow.forward, flow.inverse), (flow.inverse, flow.forward)):
-            torch.manual_seed(2)
-            points, log_det = there(z, context=context)
-            assert points.shape == z.shape
-            assert log_det.shape == (size,)
-            assert points.dtype == log_det.dtype == z.dtype
-            torch.manual_seed(2)
-            same, log_det_back = back(points, context=context)
-            torch.testing.assert_close(same, z, rtol=0, atol=1e-5)
-            torch.testing.assert_close(log_det_back, -log_det, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("size", [1, 5])
-@pytest.mark.parametrize("potential", POTENTIALS)
-def test_density(potential, size):
+def test_density(potential):
     """Samples in the shape of an event, with their densities, and the divergence from them."""
-    case = Case(potential)
+    case, size = Case(potential), 5
     model = Model(case, "normflows").density
     for context in contexts(case, size):
         samples, log_prob = model.sample(size, context)
@@ -214,9 +195,14 @@ def path_gradient(model, flow, divergence):
     return torch.cat([g.flatten() for g in grads])
 
 
-@pytest.mark.parametrize("divergence", ["path kld", "dreg alpha"])
-@pytest.mark.parametrize("sensitivity", SENSITIVITIES)
-@pytest.mark.parametrize("potential", [p for p in UNCONDITIONAL if p != "hutchinson"])
+@pytest.mark.parametrize(
+    ("potential", "sensitivity", "divergence"),
+    every_pair(
+        [p for p in UNCONDITIONAL if p != "hutchinson"],
+        SENSITIVITIES,
+        ["path kld", "dreg alpha"],
+    ),
+)
 def test_path_gradient(divergence, sensitivity, potential):
     """normflows freezes the parameters and differentiates the density by its argument."""
     model, _ = variational(potential, sensitivity=sensitivity)

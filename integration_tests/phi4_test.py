@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,21 +13,15 @@ from torch import Tensor
 import phi4
 from nflows_mongeampere.examples.hybrid_monte_carlo import HybridMonteCarlo
 from nflows_mongeampere.targets import Phi4
+from programs import call, start
 
 pytestmark = pytest.mark.long
-
-EXAMPLES = Path(__file__).parent.parent / "examples"
-
-
-def start(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, EXAMPLES / "phi4.py", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "phi4"
-    done = start("--length", 6, "--steps", 200, "--samples", 4000, "--out", out)
+    done = start("phi4.py", "--length", 6, "--steps", 200, "--samples", 4000, "--out", out)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout[: done.stdout.rindex("}") + 1])["length"] == 6
     return out
@@ -71,7 +63,7 @@ def test_a_run_agrees_with_hybrid_monte_carlo(run):
     ],
 )
 def test_nonsense_is_refused(arguments, message, tmp_path):
-    refused = start(*arguments, "--out", tmp_path / "run")
+    refused = call("phi4.py", *arguments, "--out", tmp_path / "run")
     assert refused.returncode == 2
     assert message in refused.stderr
     assert not (tmp_path / "run").exists()

@@ -1,27 +1,18 @@
 """The examples of tables and of flow matching run to the end and write what they promise."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from nflows_mongeampere.sklearn import MongeAmpereDensity
+from programs import call, start
 
 pytestmark = pytest.mark.long
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
-
-
-def run(script, *options):
-    command = [sys.executable, EXAMPLES / script, *map(str, options)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
 
 def test_table_finds_wrong_orders(tmp_path):
-    done = run("table.py", "--rows", 300, "--out", tmp_path)
+    done = start("table.py", "--rows", 300, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     models = json.loads((tmp_path / "results.json").read_text())["models"]
     assert len(models) == 3
@@ -37,7 +28,7 @@ def test_table_finds_wrong_orders(tmp_path):
 
 def test_benchmark_of_tables_is_taken_up_again(tmp_path):
     options = ("--table", "wine", "--rows", 60, "--out", tmp_path)
-    done = run("benchmarks/table_densities.py", *options, "--splits", 1, "--first", 7)
+    done = start("benchmarks/table_densities.py", *options, "--splits", 1, "--first", 7)
     assert done.returncode == 0, done.stderr
     first = json.loads((tmp_path / "results.json").read_text())["tables"]["wine"]
     assert first["shape"] == [60, 13]
@@ -47,7 +38,7 @@ def test_benchmark_of_tables_is_taken_up_again(tmp_path):
         assert -40 < scores[name] < -5
     # normals through single rows win by BIC where there are 48 rows of 13 columns
     assert scores["Gaussian mixture, BIC"] < -5
-    again = run("benchmarks/table_densities.py", *options, "--splits", 2, "--first", 7)
+    again = call("benchmarks/table_densities.py", *options, "--splits", 2, "--first", 7)
     assert again.returncode == 0, again.stderr
     both = json.loads((tmp_path / "results.json").read_text())["tables"]["wine"]
     assert both["splits"]["7"] == first["splits"]["7"]  # seconds included: it was not run again
@@ -60,13 +51,13 @@ def test_benchmark_of_tables_is_taken_up_again(tmp_path):
     differences = np.subtract(ours, mixture)
     error = differences.std(ddof=1) / 2**0.5
     assert line[2] == f"{differences.mean():.2f} ± {error:.2f}"
-    wrong = run("benchmarks/table_densities.py", "--table", "iris", "--out", tmp_path)
+    wrong = call("benchmarks/table_densities.py", "--table", "iris", "--out", tmp_path)
     assert wrong.returncode == 2
     assert "--table: got iris" in wrong.stderr
 
 
 def test_flow_matching_beside_likelihood(tmp_path):
-    done = run("flow_matching.py", "--seconds", 1, "--seeds", 1, "--out", tmp_path)
+    done = call("flow_matching.py", "--seconds", 1, "--seeds", 1, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results.json").read_text())["results"]
     assert len(results) == 4

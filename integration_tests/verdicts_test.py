@@ -6,8 +6,6 @@ import gzip
 import json
 import math
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +16,7 @@ from sklearn.datasets import load_digits
 
 import anomalies
 from nflows_mongeampere.examples import images
-
-EXAMPLES = Path(__file__).parent.parent / "examples"
+from programs import call, start
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +33,6 @@ def data_dir(tmp_path_factory) -> Path:
         packed = gzip.compress(struct.pack(">2i", 0x801, count) + labels.tobytes(), 1)
         (folder / f"{name}-labels-idx1-ubyte.gz").write_bytes(packed)
     return folder
-
-
-def start(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, EXAMPLES / program, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def test_labels_are_in_the_parts_of_the_images(data_dir):
@@ -110,11 +102,11 @@ def test_copies_and_noise_are_judged_as_such(data_dir, tmp_path):
 def test_runs_without_samples_are_refused(data_dir, tmp_path):
     run = made_up_run(tmp_path / "a", "fast", np.zeros((5, 64)))
     arguments = (run, "--data-dir", data_dir, "--out", tmp_path / "out")
-    done = start("benchmarks/mnist_samples.py", *arguments)
+    done = call("benchmarks/mnist_samples.py", *arguments)
     assert done.returncode == 2
     assert "expected uint8 of shape (N, 784)" in done.stderr
     (run / "samples.npy").unlink()
-    done = start("benchmarks/mnist_samples.py", *arguments)
+    done = call("benchmarks/mnist_samples.py", *arguments)
     assert done.returncode == 2
     assert "holds no samples.npy" in done.stderr
     assert not (tmp_path / "out").exists()
@@ -135,7 +127,7 @@ def run(data_dir, tmp_path_factory) -> Path:
 @pytest.mark.long
 def test_anomalies_of_a_run(run, data_dir, tmp_path):
     arguments = ("--data-dir", data_dir, "--out", tmp_path / "out", "--images", 20)
-    done = start("anomalies.py", "--run", run, *arguments)
+    done = call("anomalies.py", "--run", run, *arguments)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     kinds = set(anomalies.make_anomalies(images.load_mnist(data_dir).test[:1]))
@@ -160,7 +152,7 @@ def test_restored_flows_have_the_loss_of_their_run(run, data_dir):
 @pytest.mark.long
 def test_other_runs_are_refused(data_dir, tmp_path):
     other = made_up_run(tmp_path / "a", "phi4", np.zeros((1, 784), np.uint8))
-    done = start("anomalies.py", "--run", other, "--data-dir", data_dir, "--out", tmp_path / "out")
+    done = call("anomalies.py", "--run", other, "--data-dir", data_dir, "--out", tmp_path / "out")
     assert done.returncode == 2
     assert "is of the preset 'phi4'" in done.stderr
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from unittest import mock
 
@@ -38,6 +39,7 @@ from nflows_mongeampere.potentials.pixelwise import PixelwiseDynamics
 from nflows_mongeampere.potentials.ridges import ReducedDynamics, RidgeDynamics
 
 Value = Callable[[Tensor, "float | Tensor"], Tensor]
+Row = tuple[Hashable, ...]
 
 # torchdyn's explicit solvers
 FIXED = ["euler", "midpoint", "rk4", "alf"]
@@ -52,6 +54,28 @@ TABLEAUS: dict[str, tuple[list[tuple[float, list[float]]], list[float]]] = {
         [1 / 6, 1 / 3, 1 / 3, 1 / 6],
     ),
 }
+
+
+def covering(rows: Sequence[Row], together: int = 2) -> Sequence[Row]:
+    """Few of the rows that show every pair of entries of all of them, chosen greedily."""
+    pairs = {row: set(itertools.combinations(enumerate(row), together)) for row in rows}
+    missing = set().union(*pairs.values())
+    chosen = []
+    while missing:
+        best = max(rows, key=lambda row: len(pairs[row] & missing))
+        missing -= pairs[best]
+        chosen.append(best)
+    return chosen
+
+
+def walked(rows: Sequence[Row], together: int = 2) -> Sequence[Row]:
+    """Rows that show every pair, or every entry; `make test-all` walks all."""
+    return rows if "ALL_CASES" in os.environ else covering(rows, together)
+
+
+def every_pair(*axes: Iterable[Hashable]) -> Sequence[Row]:
+    """Rows with an entry of each axis: every pair of entries meets in one of them."""
+    return walked(list(itertools.product(*axes)))
 
 
 class Network(nn.Module):

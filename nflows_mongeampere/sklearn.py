@@ -112,8 +112,8 @@ class MongeAmpereDensity(DensityMixin, BaseEstimator):
         >>> import numpy as np
         >>> from nflows_mongeampere.sklearn import MongeAmpereDensity
         >>> rng = np.random.default_rng(0)
-        >>> table = np.stack([rng.lognormal(size=300), rng.poisson(3, size=300)], axis=1)
-        >>> density = MongeAmpereDensity(max_iter=50, random_state=0).fit(table)
+        >>> table = np.stack([rng.lognormal(size=80), rng.poisson(3, size=80)], axis=1)
+        >>> density = MongeAmpereDensity(max_iter=20, random_state=0).fit(table)
         >>> density.score_samples(table[:5]).shape, density.sample(3).shape
         ((5,), (3, 2))
         >>> [column.integer for column in density.columns_]

@@ -8,6 +8,7 @@ notebook lies beside it, to download.
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import jupytext
 import nbformat
@@ -24,10 +25,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """MkDocs calls this with the sources of the site."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # all that tensors as small as these can use
     notebooks = [page for page in files.documentation_pages() if page.src_uri[:10] == "notebooks/"]
-    for page in tqdm(notebooks, desc="notebooks", leave=False):
-        files.remove(page)
-        for path, content in _run(page).items():
-            files.append(File.generated(config, path, content=content))
+    with ThreadPoolExecutor() as pool:  # each has a kernel, a process, of its own
+        done = tqdm(pool.map(_run, notebooks), "notebooks", len(notebooks), leave=False)
+        for page, pages in zip(notebooks, done, strict=True):
+            files.remove(page)
+            for path, content in pages.items():
+                files.append(File.generated(config, path, content=content))
     return files
 
 

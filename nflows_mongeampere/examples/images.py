@@ -8,7 +8,6 @@ import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -47,15 +46,7 @@ def load_mnist(folder: Path | None) -> Images:
         ValueError: if one is damaged.
         OSError: if they cannot be downloaded.
     """
-    if folder is None:
-        folder = _download()
-    train, test = (_read_idx(_find(folder, name)) for name in MNIST_FILES)
-    if len(train) != 60_000 or len(test) != 10_000:
-        raise ValueError(
-            f"--data-dir: got {len(train)} and {len(test)} images in {folder}, expected MNIST's "
-            "60000 and 10000"
-        )
-    return Images(train[:50_000], train[50_000:], test)
+    return _load(folder, MNIST_FILES, (28, 28))
 
 
 def load_labels(folder: Path | None) -> Images:
@@ -69,25 +60,7 @@ def load_labels(folder: Path | None) -> Images:
         ValueError: if one is damaged.
         OSError: if they cannot be downloaded.
     """
-    folder = _download() if folder is None else folder
-    parts = []
-    for name, count in zip(LABEL_FILES, (60_000, 10_000), strict=True):
-        path = _find(folder, name)
-        content = path.read_bytes()
-        try:
-            content = gzip.decompress(content) if path.suffix == ".gz" else content
-        except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"--data-dir: {path} is damaged ({error}); fetch it again") from error
-        labels = np.frombuffer(content, np.uint8, offset=min(8, len(content)))
-        if content[:8] != struct.pack(">2i", 0x801, count) or len(labels) != count:
-            raise ValueError(
-                f"--data-dir: {path} is damaged: got {len(content)} bytes that begin with "
-                f"{content[:8].hex()}, expected {count} labels after "
-                f"{struct.pack('>2i', 0x801, count).hex()}; fetch it again"
-            )
-        parts.append(torch.from_numpy(labels.copy()))
-    train, test = parts
-    return Images(train[:50_000], train[50_000:], test)
+    return _load(folder, LABEL_FILES, ())
 
 
 def _download() -> Path:
@@ -114,26 +87,35 @@ def _find(folder: Path, name: str) -> Path:
     )
 
 
-def _read_idx(path: Path) -> Tensor:
-    """The images of an IDX file, shape (N, 784)."""
-    try:
-        content = path.read_bytes()
-        if path.suffix == ".gz":
-            content = gzip.GzipFile(fileobj=BytesIO(content)).read()
-        magic, count, height, width = struct.unpack(">4i", content[:16])
-    except (gzip.BadGzipFile, EOFError, struct.error, ArithmeticError) as error:
-        raise ValueError(f"--data-dir: {path} is damaged ({error}); fetch it again") from error
-    except Exception as error:
-        if isinstance(error, OSError):
-            raise
-        raise ValueError(f"--data-dir: {path} is damaged ({error}); fetch it again") from error
-    if magic != 0x803 or (height, width) != (28, 28) or len(content) != 16 + count * 784:
+def _load(folder: Path | None, names: Sequence[str], shape: tuple[int, ...]) -> Images:
+    """The three parts of two files with entries of some shape."""
+    folder = _download() if folder is None else folder
+    train, test = (_read_idx(_find(folder, name), shape) for name in names)
+    if len(train) != 60_000 or len(test) != 10_000:
         raise ValueError(
-            f"--data-dir: {path} is damaged: got {len(content)} bytes with the header "
-            f"({magic:#x}, {count}, {height}, {width}), expected 16 + 784 for each of its images "
-            "and (0x803, N, 28, 28); fetch it again"
+            f"--data-dir: got {len(train)} and {len(test)} entries in {folder}, expected MNIST's "
+            "60000 and 10000"
         )
-    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=16).reshape(count, 784).copy())
+    return Images(train[:50_000], train[50_000:], test)
+
+
+def _read_idx(path: Path, shape: tuple[int, ...]) -> Tensor:
+    """The bytes of an IDX file with entries of this shape, (N,) or a row for each, (N, D)."""
+    content, sizes = path.read_bytes(), f">{2 + len(shape)}i"
+    try:
+        content = gzip.decompress(content) if path.suffix == ".gz" else content
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"--data-dir: {path} is damaged ({error}); fetch it again") from error
+    start, size = struct.calcsize(sizes), math.prod(shape)
+    number = max(0, len(content) - start) // size
+    header = struct.pack(sizes, 0x801 + len(shape), number, *shape)
+    if content[:start] != header or len(content) != start + number * size:
+        raise ValueError(
+            f"--data-dir: {path} is damaged: got {len(content)} bytes that begin with "
+            f"{content[:start].hex()}, expected {header.hex()} and {number} entries; fetch it again"
+        )
+    values = torch.from_numpy(np.frombuffer(content, np.uint8, offset=start).copy())
+    return values.view(number, size) if shape else values
 
 
 def dequantise(levels: Tensor, generator: torch.Generator, number: int) -> Tensor:

@@ -44,4 +44,4 @@ def test_places_are_those_of_the_seed():
 def test_patches_fit_into_their_strips():
     assert load_patches(side=96, counts=(2, 2, 2)).test.shape == (2, 96 * 96)
     with pytest.raises(ValueError, match="side: got 97, expected 1 to 96"):
-        load_patches(side=97)
+        load_patches(side=97, counts=(2, 2, 2))

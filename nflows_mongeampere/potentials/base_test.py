@@ -41,20 +41,23 @@ def test_a_method_that_is_not_written_is_named():
 
 
 @pytest.mark.parametrize("name", POTENTIALS)
-@pytest.mark.parametrize("time", ["number", "tensor", "rows"])
-def test_value_gradient_laplacian(name, time):
+def test_value_gradient_laplacian(name):
+    """At a time of each row, or at one for all, a number or a tensor."""
     potential, x, context = make(name)
-    t = {"number": 0.7, "tensor": torch.tensor(0.7), "rows": torch.rand(3).double()}[time]
-    value = definition(potential, context)
-    gradient, laplacian = differentiate(value, x, t)
+    value, rows = definition(potential, context), torch.rand(3).double()
+    gradient, laplacian = differentiate(value, x, rows)
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
-            close(potential(x, t, context), value(x, t))
-            found = potential.gradient(x, t, context)
+            close(potential(x, rows, context), value(x, rows))
+            found = potential.gradient(x, rows, context)
             close(found.detach(), gradient)
-            close(potential.laplacian(x, t, context).detach(), laplacian)
+            close(potential.laplacian(x, rows, context).detach(), laplacian)
             assert found.is_contiguous()
             assert found.requires_grad == grad
+    for d in DERIVATIVES:
+        expected = getattr(potential, d)(x, torch.full_like(rows, 0.7), context)
+        for t in (0.7, torch.tensor(0.7, dtype=torch.float64)):
+            close(getattr(potential, d)(x, t, context), expected, 1e-14)
 
 
 @pytest.mark.parametrize("name", POTENTIALS)
@@ -113,49 +116,37 @@ def test_reset_parameters(name):
         assert not potential.gradient(x, 0.7, context).any()
 
 
+MISTAKES = [
+    (lambda x: x.tolist(), TypeError, r"x: got list, .*torch.as_tensor"),
+    (lambda x: x.int(), TypeError, r"x: got dtype torch.int32"),
+    (lambda x: x.float(), TypeError, r"x: got dtype torch.float32, but .*torch.float64"),
+    (lambda x: x.flatten()[:3], ValueError, r"x: got shape \(3,\), .*x\[None\]"),
+    (lambda x: x * torch.nan, ValueError, r"x: got NaN"),
+]
+
+
 @pytest.mark.parametrize("name", POTENTIALS)
-@pytest.mark.parametrize("derivative", DERIVATIVES)
 class TestMistakes:
     """Every potential answers the usual mistakes in the same words."""
 
-    @pytest.mark.parametrize(
-        ("change", "error", "message"),
-        [
-            (lambda x: x.tolist(), TypeError, r"x: got list, .*torch.as_tensor"),
-            (lambda x: x.int(), TypeError, r"x: got dtype torch.int32"),
-            (lambda x: x.float(), TypeError, r"x: got dtype torch.float32, but .*torch.float64"),
-            (lambda x: x.flatten()[:3], ValueError, r"x: got shape \(3,\), .*x\[None\]"),
-            (lambda x: x * torch.nan, ValueError, r"x: got NaN"),
-        ],
-        ids=["list", "int", "dtype", "row", "nan"],
-    )
-    def test_x(self, name, derivative, change, error, message):
+    def test_x(self, name):
         potential, x, context = make(name)
-        with pytest.raises(error, match=f"^{message}"):
-            getattr(potential, derivative)(change(x), 0.5, context)
+        for derivative in (getattr(potential, d) for d in DERIVATIVES):
+            for change, error, message in MISTAKES:
+                with pytest.raises(error, match=f"^{message}"):
+                    derivative(change(x), 0.5, context)
+            if potential.features is not None:  # others take any width
+                with pytest.raises(ValueError, match=r"^x: got 20 features .* expected"):
+                    derivative(torch.zeros(3, 20).double(), 0.5, context)
 
-    def test_width(self, name, derivative):
-        potential, _, context = make(name)
-        if potential.features is None:  # takes any width
-            return
-        with pytest.raises(ValueError, match=r"^x: got 20 features .* expected"):
-            getattr(potential, derivative)(torch.zeros(3, 20).double(), 0.5, context)
-
-    @pytest.mark.parametrize(
-        "change",
-        [lambda c: None, lambda c: c[:2], lambda c: c.float(), lambda c: c * torch.inf],
-        ids=["missing", "rows", "dtype", "inf"],
-    )
-    def test_context(self, name, derivative, change):
+    def test_context_and_time(self, name):
         potential, x, context = make(name)
-        if context is None:  # takes none
-            return
-        with pytest.raises((TypeError, ValueError), match=r"^context: got .*(expected|but)"):
-            getattr(potential, derivative)(x, 0.5, change(context))
-
-    def test_time(self, name, derivative):
-        potential, x, context = make(name)
-        if not potential.time_dependent:
-            return
-        with pytest.raises(ValueError, match=r"^t: got None, expected a time"):
-            getattr(potential, derivative)(x, None, context)
+        for derivative in (getattr(potential, d) for d in DERIVATIVES):
+            if context is not None:
+                for wrong in (None, context[:2], context.float(), context * torch.inf):
+                    message = r"^context: got .*(expected|but)"
+                    with pytest.raises((TypeError, ValueError), match=message):
+                        derivative(x, 0.5, wrong)
+            if potential.time_dependent:
+                with pytest.raises(ValueError, match=r"^t: got None, expected a time"):
+                    derivative(x, None, context)

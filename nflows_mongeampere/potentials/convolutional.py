@@ -80,7 +80,7 @@ class ConvolutionalPotential(ClosedFormPotential):
         self.weight = nn.Parameter(torch.empty(self.kernels, channels, side, side))
         self.bias = nn.Parameter(torch.empty(self.kernels, height, width))
         self.amplitude = nn.Parameter(torch.empty(self.kernels, height, width))
-        self.reset_parameters()
+        ConvolutionalPotential.reset_parameters(self)  # subclasses draw what they add
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

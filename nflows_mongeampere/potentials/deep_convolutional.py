@@ -95,12 +95,11 @@ class DeepConvolutionalPotential(ConvolutionalPotential):
     def reset_parameters(self) -> None:
         """Draw both layers anew, for standardised data; amplitudes of zero."""
         super().reset_parameters()
-        if hasattr(self, "hidden_weight"):  # not yet, where the constructor above draws the first
-            nn.init.normal_(self.hidden_weight, std=1 / math.sqrt(self.group_size))
-            self.hidden_bias.copy_(
-                torch.randn(len(self.hidden_bias), 1, 1).expand_as(self.hidden_bias)
-            )
-            nn.init.zeros_(self.hidden_amplitude)
+        nn.init.normal_(self.hidden_weight, std=1 / math.sqrt(self.group_size))
+        self.hidden_bias.copy_(
+            torch.randn_like(self.hidden_bias[:, :1, :1]).expand_as(self.hidden_bias)
+        )
+        nn.init.zeros_(self.hidden_amplitude)
 
     def dynamics(
         self, inputs: Tensor, context: Tensor | None, evaluations: int, costs: bool = False

@@ -20,6 +20,7 @@ from nflows_mongeampere.conftest import (
     convolutional,
     definition,
     differentiate,
+    every_pair,
     ridge,
 )
 from nflows_mongeampere.groups import point_group, reflections, sign_flip, translations
@@ -43,15 +44,19 @@ KINDS = {
 }
 
 
-@pytest.fixture(params=["product", "fourier"])
+@pytest.fixture
 def way(request):
     """How ridges are moved over a lattice."""
     with mock.patch.object(orbits, "FOURIER_SITES", 1 if request.param == "fourier" else 10**9):
         yield request.param
 
 
-@pytest.mark.parametrize("group", GROUPS)
-@pytest.mark.parametrize("kind", KINDS)
+every_average = pytest.mark.parametrize(
+    ("kind", "group", "way"), every_pair(KINDS, GROUPS, ["product", "fourier"]), indirect=["way"]
+)
+
+
+@every_average
 def test_is_the_average_over_the_group(kind, group, way):
     potential = SymmetrizedPotential(KINDS[kind](), GROUPS[group])
     x = torch.randn(2, 12, dtype=torch.float64)
@@ -63,8 +68,7 @@ def test_is_the_average_over_the_group(kind, group, way):
     close(potential.laplacian(x, 0.3, context), laplacian)
 
 
-@pytest.mark.parametrize("group", GROUPS)
-@pytest.mark.parametrize("kind", KINDS)
+@every_average
 def test_flows_are_symmetric_to_rounding(kind, group, way):
     group = GROUPS[group]
     transform = MongeAmpereTransform(SymmetrizedPotential(KINDS[kind](), group), steps=2)

@@ -28,9 +28,10 @@ def gaussian(count):
 
 def optimal_velocity(x, tau):
     """E(x₁ - x₀ | x) where x₁ is normal and independent of x₀: by conditioning normals."""
+    tau = torch.as_tensor(tau).view(-1, 1, 1)
     path = (1 - tau) ** 2 * torch.eye(2) + tau**2 * COVARIANCE
     gain = (tau * COVARIANCE - (1 - tau) * torch.eye(2)) @ torch.linalg.inv(path)
-    return MEAN + (x - tau * MEAN) @ gain.T
+    return MEAN + ((x[:, None] - tau * MEAN) @ gain.mT)[:, 0]
 
 
 class Optimal(Potential):
@@ -47,8 +48,7 @@ class Optimal(Potential):
         raise NotImplementedError
 
     def _gradient(self, x, t, context):
-        rows = [optimal_velocity(a[None], b / self.duration) for a, b in zip(x, t, strict=True)]
-        return self.scale * torch.cat(rows) / self.duration
+        return self.scale * optimal_velocity(x, t / self.duration) / self.duration
 
     def _laplacian(self, x, t, context):
         raise NotImplementedError
