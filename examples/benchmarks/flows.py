@@ -46,6 +46,9 @@ from ot_flow import OTFlowPotential
 EXACT_FEATURES = 64
 BINS, TAIL_BOUND = 8, 5.0
 
+# features of the widest data whose coupling layers draw whole potentials
+FEW = 8
+
 Setting = TypeVar("Setting")
 
 
@@ -309,48 +312,56 @@ def deep(features: int, hidden: int) -> Nflows:
 
 
 def coupling(features: int, hidden: int) -> Nflows:
-    """Coupling layers that move half of the features in ridges which a network draws from the rest.
+    """Coupling layers, each of which moves half of the features in what a network says of the rest.
 
-    In the plane, where rows are endless, the network draws all of the potential and not its offsets
-    alone; networks and ridges start sharp. Of many features there are few images, and the network
-    forgets half of its units in training, because it is what learns by heart.
+    Where rows are endless the network draws all of the potential, see :func:`drawn_coupling`. Of
+    many features there are few images: the network draws the offsets of ridges alone, and forgets
+    half of its units in training, because it is what learns by heart.
     """
-    if features == 2:
-        return plane_coupling(hidden)
-    many = features > 8
-    width = 64 if many else 32
+    if features <= FEW:
+        return drawn_coupling(features, hidden)
 
     def network(passing: int, outputs: int) -> nn.Module:
-        inner = [nn.Linear(passing, 64), nn.SiLU(), nn.Dropout(0.5 if many else 0.0)]
-        if not many:
-            inner += [nn.Linear(64, 64), nn.SiLU()]
-        last = [nn.Linear(64, outputs), *([nn.SiLU()] if many else [])]
-        return nn.Sequential(*inner, *last)
+        first = [nn.Linear(passing, 64), nn.SiLU(), nn.Dropout(0.5)]
+        return nn.Sequential(*first, nn.Linear(64, outputs), nn.SiLU())
 
     layers = []
-    for i in range(4):
-        # the features alternate, then the pairs of features
-        mask = torch.arange(features) // (2 if i > 1 else 1) % 2 == i % 2
+    for mask in halves(features):
         moving = int(mask.sum())
-        activation = "softplus" if many else "logcosh"
-        potential = RidgePotential(moving, hidden, context_features=width, activation=activation)
-        potential.initialize(torch.randn(500, moving), sharpness=1.0)
-        layers.append(MongeAmpereCouplingTransform(mask.int(), network, potential, steps=2))
+        potential = RidgePotential(moving, hidden, context_features=64)
+        potential.initialize(torch.randn(500, moving))
+        layers.append(MongeAmpereCouplingTransform(mask, network, potential, steps=2))
     return Nflows(features, *layers)
 
 
-def plane_coupling(hidden: int) -> Nflows:
-    """Four coupling layers in the plane, each of one potential that a network draws."""
+def drawn_coupling(features: int, hidden: int) -> Nflows:
+    """Coupling layers whose networks draw a potential of its own for each feature that moves.
+
+    Networks and ridges start sharp. Of more than two features they have a layer more.
+    """
+    width, maps = (64, 64) if features == 2 else (128, 16)
 
     def network(passing: int, outputs: int) -> nn.Module:
-        return nn.Sequential(Bumps(passing, 64), nn.Linear(64, outputs), nn.SiLU())
+        inner = [] if features == 2 else [nn.Linear(width, width), nn.SiLU()]
+        return nn.Sequential(
+            Bumps(passing, width, sharpness=3.0 if features == 2 else 1.0),
+            *(*inner, nn.Linear(width, outputs), nn.SiLU()),
+        )
 
     layers = []
-    for mask in ([0, 1], [1, 0]) * 2:
-        potential = PixelwisePotential((1, 1, 1), hidden, context_channels=64, stiffness=8.0)
-        potential.initialize(torch.randn(500, 1), sharpness=5.0)
+    for mask in halves(features):
+        moving = int(mask.sum())
+        potential = PixelwisePotential((1, 1, moving), hidden, context_channels=maps, stiffness=8.0)
+        potential.initialize(torch.randn(500, moving), sharpness=5.0)
         layers.append(MongeAmpereCouplingTransform(mask, network, potential, steps=2))
-    return Nflows(2, *layers)
+    return Nflows(features, *layers)
+
+
+def halves(features: int) -> list[Tensor]:
+    """Which features move in each of four layers: every second one, then every second pair."""
+    places = torch.arange(features)
+    pairs = 2 if features > 2 else 1
+    return [(places // size % 2 == i % 2).int() for i, size in enumerate((1, 1, pairs, pairs))]
 
 
 class Potential(nn.Module):
@@ -531,7 +542,7 @@ FLOWS = {
     "stacked": Architecture("Monge-Ampère, two in a row", partial(ridge, transforms=2), RIDGES),
     "deep": Architecture("Monge-Ampère, deep", deep, {8: 32}),
     "coupling": Architecture(
-        "Monge-Ampère coupling", behind_linear(coupling), {2: 32, 64: 128, 784: 512}, least=2
+        "Monge-Ampère coupling", behind_linear(coupling), {FEW: 32, 64: 128, 784: 512}, least=2
     ),
     "network": Architecture("Monge-Ampère, network", network, NETWORKS),
     "ot-flow": Architecture("OT-Flow", ot_flow, {2: 32, 64: 64}),
