@@ -42,7 +42,7 @@ def record(transform, x, context=None, inverse=False):
 def quadrature(transform, x, context, stop):
     """Both integrals by calculus of polynomials through points of the path."""
     times = transform.time * (1 + chebyshev.chebpts2(13)) / 2
-    transform.steps = 16
+    transform.steps = 24
     with torch.no_grad():
         path = transform.trajectory(x, times if stop else times[::-1].copy(), context)
     value = definition(transform.potential, context)
@@ -67,7 +67,7 @@ def test_quadrature(name):
     """In both directions."""
     potential, x, context = make(name)
     face = [MongeAmpereTransform, MongeAmpere][len(name) % 2]
-    transform = face(potential, time=0.4, steps=14)
+    transform = face(potential, time=0.4, steps=20)
     with torch.no_grad():
         (y, _), there = record(transform, x, context)
         back = record(transform, y, context, inverse=True)[1]

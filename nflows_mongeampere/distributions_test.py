@@ -294,11 +294,18 @@ def test_contexts_draw_noise_of_their_own():
     torch.testing.assert_close(inner(x, contexts)[0], base(5).sample(), rtol=1e-4, atol=1e-4)
 
 
-@pytest.fixture
-def unvalidated():
-    Distribution.set_default_validate_args(False)
-    yield
+@pytest.fixture(autouse=True)
+def _validated():
+    """As PyTorch has it; zuko, once imported, switches it off for all."""
+    before = Distribution._validate_args
     Distribution.set_default_validate_args(True)
+    yield
+    Distribution.set_default_validate_args(before)
+
+
+@pytest.fixture
+def unvalidated(_validated):
+    Distribution.set_default_validate_args(False)
 
 
 BAD = [float("nan"), float("inf"), -float("inf"), 1e3]  # the last is where the solve diverges

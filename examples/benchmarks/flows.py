@@ -339,7 +339,7 @@ def drawn_coupling(features: int, hidden: int) -> Nflows:
 
     Networks and ridges start sharp. Of more than two features they have a layer more.
     """
-    width, maps = (64, 64) if features == 2 else (128, 16)
+    width, maps = (64, 12) if features == 2 else (128, 16)
 
     def network(passing: int, outputs: int) -> nn.Module:
         inner = [] if features == 2 else [nn.Linear(width, width), nn.SiLU()]
@@ -542,7 +542,10 @@ FLOWS = {
     "stacked": Architecture("Monge-Ampère, two in a row", partial(ridge, transforms=2), RIDGES),
     "deep": Architecture("Monge-Ampère, deep", deep, {8: 32}),
     "coupling": Architecture(
-        "Monge-Ampère coupling", behind_linear(coupling), {FEW: 32, 64: 128, 784: 512}, least=2
+        "Monge-Ampère coupling",
+        behind_linear(coupling),
+        {2: 24, FEW: 32, 64: 128, 784: 512},
+        least=2,
     ),
     "network": Architecture("Monge-Ampère, network", network, NETWORKS),
     "ot-flow": Architecture("OT-Flow", ot_flow, {2: 32, 64: 64}),
