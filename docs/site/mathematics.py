@@ -27,7 +27,7 @@ def _mathml(found: re.Match[str], display: str) -> str:
     mathml: str = convert(formula, display=display)
     if "\\" in mathml:
         raise PluginError(f"no MathML is known for a command in the formula {formula}")
-    # as TeX sets them: upright capitals, a thin space after names of functions, none around |, / and norms
+    # as TeX sets them: upright capitals, a thin space after names of functions, none around bars
     mathml = CAPITAL.sub(r'<mi mathvariant="normal">\1</mi>', mathml)
     mathml = NAME.sub(r'\1<mspace width="0.17em"/>', mathml)
     mathml = ORDINARY.sub(r'<mo stretchy="false" lspace="0" rspace="0">\1</mo>', mathml)
