@@ -1,6 +1,7 @@
 """Every block of Python in the README and the documentation runs as it stands."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,15 +10,17 @@ ROOT = Path(__file__).parent.parent
 NOTEBOOKS = ROOT / "docs" / "notebooks"  # executed by `make docs`
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCKS = [
-    pytest.param(block, id=f"{page.name}-{number}")
+    pytest.param(page, block, id=f"{page.name}-{number}")
     for page in PAGES
     if page.parent != NOTEBOOKS
     for number, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
 ]
 
 
-@pytest.mark.parametrize("block", BLOCKS)
-def test_block_runs(block, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("page", "block"), BLOCKS)
+def test_block_runs(page, block, tmp_path, monkeypatch):
+    for table in page.parent.glob("*.csv"):  # what a page offers to download
+        shutil.copy(table, tmp_path)
     monkeypatch.chdir(tmp_path)
     exec(compile(block, "block", "exec"), {"__name__": "__main__"})
 

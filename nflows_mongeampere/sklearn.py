@@ -53,6 +53,8 @@ STEPS, MOST_STEPS = 4, 24  # of the solver, in training
 TRAINING_ERROR = 0.01  # of the solver, in nats
 PATIENCE = 8  # validations without a better one, after which the training ends
 MARGINALS = ("affine", "tails", "splines")
+FEW_NORMALS = (2, 3, 4, 6, 8, 12, 16, 24, 32)  # of the base, 20 rows for each
+MANY_NORMALS = (32, 64, 96)  # where there are many rows
 
 
 def choose_potential(features: int, rows: int, hidden_features: int | None = None) -> Potential:
@@ -92,7 +94,7 @@ class MongeAmpereDensity(DensityMixin, BaseEstimator):
             least 2 % of the rows have it. Samples stay within, and rows outside have no density.
         validation_fraction: the part of the rows that is held out.
         max_iter: most steps of the optimiser for each flow; None for two for each row, from 50 to
-            600, and for 1,500 where there are more than 5,000 rows.
+            600.
         learning_rate: of Adam, at its highest, for the potential; a tenth for the other layers.
         weight_decay: of the potential; of more than 5,000 rows a part, 1,000 over their number.
         tolerance: the solver's error, in nats, that log-densities may have on average.
@@ -519,7 +521,7 @@ class _Fit:
 
     def _limit(self, rows: int) -> int:
         given = self.settings.max_iter
-        most = 600 if rows <= FEW_ROWS else 1500
+        most = 600
         return min(most, max(50, 2 * rows)) if given is None else given
 
     def _scale(self, table: Array) -> None:
@@ -548,13 +550,17 @@ class _Fit:
     def _start(self, taught: Tensor, judged: Tensor) -> _Layers:
         """Marginals, linear layer and base, by closed forms and by EM."""
         found: list[tuple[float, _Layers]] = []
-        for kind in MARGINALS if len(taught) <= FEW_ROWS else MARGINALS[-1:]:
+        many = len(taught) > FEW_ROWS
+        for kind in ("affine", "splines") if many else MARGINALS:
             layers = self._marginals(taught, kind)
             self._whiten(layers, taught)
+            if many:  # atoms of a column are better left to narrow normals than to a spline
+                layers.base = self._base(layers, taught, judged, self._counts(MANY_NORMALS[:1]))
             value = self._mean(layers, judged)
             found.append((value if math.isfinite(value) else -math.inf, layers))
         layers = max(found, key=lambda one: one[0])[1]
-        layers.base = self._base(layers, taught, judged).float()
+        counts = MANY_NORMALS if many else [k for k in FEW_NORMALS if 20 * k <= len(taught)]
+        layers.base = self._base(layers, taught, judged, self._counts(counts))
         return layers
 
     def _marginals(self, taught: Tensor, kind: str) -> _Layers:
@@ -593,47 +599,39 @@ class _Fit:
         layers.linear = whitening(mean, torch.as_tensor(covariance).reshape(len(mean), -1)).float()
 
     @torch.no_grad()
-    def _base(self, layers: _Layers, taught: Tensor, judged: Tensor) -> NormalMixture:
+    def _base(
+        self, layers: _Layers, taught: Tensor, judged: Tensor, counts: Sequence[int]
+    ) -> NormalMixture:
         """As many normals as the held-out rows ask for, by EM."""
-        rows = layers.white(self._noisy(taught[: 4 * FEW_ROWS]))[0].double().numpy()
-        z = rows[:FEW_ROWS]
+        z = layers.white(self._noisy(taught[: 4 * FEW_ROWS]))[0].double().numpy()
         aside = layers.white(judged[:JUDGED_ROWS])[0].double().numpy()
         best, seed = NormalMixture(z.shape[1], 1), int(torch.randint(2**31, ()))
-        chosen: GaussianMixture | None = None
         score = float(best.log_prob(torch.as_tensor(aside).to(best.means)).mean())
-        for covariance in ("full", "diag"):
+        many = len(z) > FEW_ROWS
+        for covariance in ("full",) if many else ("full", "diag"):
             worse = 0
-            for count in self._counts(len(z)):
+            for count in counts:
                 mixture = GaussianMixture(
-                    count, covariance_type=covariance, random_state=seed, max_iter=50
+                    count,
+                    covariance_type=covariance,
+                    random_state=seed,
+                    max_iter=30 if many else 50,
                 )
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # EM need not end: training goes on
                     value = float(mixture.fit(z).score(aside))
                 if value > score:
-                    chosen, score, worse = mixture, value, 0
+                    best, score, worse = _base_of(mixture), value, 0
                 else:
                     worse += 1
                 if worse == 2:
                     break
-        if chosen is None:
-            return best
-        if len(rows) > len(z):  # the choice was made on a part of them
-            chosen.set_params(
-                means_init=chosen.means_,
-                weights_init=chosen.weights_,
-                precisions_init=chosen.precisions_,
-                max_iter=15,
-            )
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                chosen.fit(rows)
-        return _base_of(chosen)
+        return best.float()
 
-    def _counts(self, rows: int) -> Sequence[int]:
+    def _counts(self, counts: Sequence[int]) -> Sequence[int]:
         if self.settings.components is not None:
             return () if self.settings.components == 1 else (self.settings.components,)
-        return [k for k in (2, 3, 4, 6, 8, 12, 16, 24, 32) if 20 * k <= rows]
+        return counts
 
     def _train(
         self,
