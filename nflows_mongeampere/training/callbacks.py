@@ -132,6 +132,10 @@ class History(Callback):
         self.rows: list[dict[str, float]] = []
         self._judged: dict[str, float] = {}
 
+    def __repr__(self) -> str:
+        last = "".join(f", {name}={value:.4g}" for name, value in (self.rows or [{}])[-1].items())
+        return f"History({str(self.path)!r}, {len(self.rows)} intervals{last})"
+
     def on_validation_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
