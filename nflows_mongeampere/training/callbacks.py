@@ -125,6 +125,10 @@ class History(Callback):
         rows: the lines: ``step``, ``minutes``, ``train`` (the mean loss since the last line),
             ``validation`` and ``solver_error`` where there was a validation, ``learning_rate``,
             ``solver_steps`` of the flow that takes the most.
+
+    Example:
+        >>> History("metrics.csv")  # with the last line, once there is one
+        History('metrics.csv', 0 intervals)
     """
 
     def __init__(self, path: str | Path) -> None:
