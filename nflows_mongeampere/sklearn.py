@@ -555,12 +555,12 @@ class _Fit:
             layers = self._marginals(taught, kind)
             self._whiten(layers, taught)
             if many:  # atoms of a column are better left to narrow normals than to a spline
-                layers.base = self._base(layers, taught, judged, self._counts(MANY_NORMALS[:1]))
+                self._enrich(layers, taught, judged, MANY_NORMALS[:1])
             value = self._mean(layers, judged)
             found.append((value if math.isfinite(value) else -math.inf, layers))
         layers = max(found, key=lambda one: one[0])[1]
-        counts = MANY_NORMALS if many else [k for k in FEW_NORMALS if 20 * k <= len(taught)]
-        layers.base = self._base(layers, taught, judged, self._counts(counts))
+        few = [k for k in FEW_NORMALS if 20 * k <= len(taught)]
+        self._enrich(layers, taught, judged, MANY_NORMALS[1:] if many else few)
         return layers
 
     def _marginals(self, taught: Tensor, kind: str) -> _Layers:
@@ -599,15 +599,17 @@ class _Fit:
         layers.linear = whitening(mean, torch.as_tensor(covariance).reshape(len(mean), -1)).float()
 
     @torch.no_grad()
-    def _base(
+    def _enrich(
         self, layers: _Layers, taught: Tensor, judged: Tensor, counts: Sequence[int]
-    ) -> NormalMixture:
-        """As many normals as the held-out rows ask for, by EM."""
+    ) -> None:
+        """As many normals in the base as the held-out rows ask for, by EM."""
+        given = self.settings.components
+        if given is not None:
+            counts = [given] if given > 1 else []
         z = layers.white(self._noisy(taught[: 4 * FEW_ROWS]))[0].double().numpy()
-        aside = layers.white(judged[:JUDGED_ROWS])[0].double().numpy()
-        best, seed = NormalMixture(z.shape[1], 1), int(torch.randint(2**31, ()))
-        score = float(best.log_prob(torch.as_tensor(aside).to(best.means)).mean())
-        many = len(z) > FEW_ROWS
+        aside = layers.white(judged[:JUDGED_ROWS])[0]
+        best, score = layers.base, float(layers.base.log_prob(aside).mean())
+        many, seed = len(z) > FEW_ROWS, int(torch.randint(2**31, ()))
         for covariance in ("full",) if many else ("full", "diag"):
             worse = 0
             for count in counts:
@@ -619,19 +621,14 @@ class _Fit:
                 )
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # EM need not end: training goes on
-                    value = float(mixture.fit(z).score(aside))
+                    value = float(mixture.fit(z).score(aside.double().numpy()))
                 if value > score:
-                    best, score, worse = _base_of(mixture), value, 0
+                    best, score, worse = _base_of(mixture).float(), value, 0
                 else:
                     worse += 1
                 if worse == 2:
                     break
-        return best.float()
-
-    def _counts(self, counts: Sequence[int]) -> Sequence[int]:
-        if self.settings.components is not None:
-            return () if self.settings.components == 1 else (self.settings.components,)
-        return counts
+        layers.base = best
 
     def _train(
         self,
