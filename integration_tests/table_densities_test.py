@@ -54,7 +54,7 @@ def test_benchmark_of_tables_is_taken_up_again(tmp_path):
     assert [*both["splits"]] == ["7", "8"]
     ours, mixture = (
         [run[name]["score"] for run in both["splits"].values()]
-        for name in ("Monge-Ampère", "Gaussian mixture, CV")
+        for name in ("Monge-Ampère", "kernel density, CV")
     )
     line = (tmp_path / "tables.md").read_text().splitlines()[-1].strip("| ").split(" | ")
     differences = np.subtract(ours, mixture)

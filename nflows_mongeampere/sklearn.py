@@ -96,6 +96,7 @@ class MongeAmpereDensity(DensityMixin, BaseEstimator):
         max_iter: most steps of the optimiser for each flow; None for two for each row, from 50 to
             600.
         learning_rate: of Adam, at its highest, for the potential; a tenth for the other layers.
+            Of more than 5,000 rows a third of these.
         weight_decay: of the potential; of more than 5,000 rows a part, 1,000 over their number.
         tolerance: the solver's error, in nats, that log-densities may have on average.
         random_state: of everything that is random.
@@ -648,8 +649,9 @@ class _Fit:
         )
         layers.flow = transform.float()
         others = [p for name, p in layers.named_parameters() if not name.startswith("flow.")]
-        rate = settings.learning_rate
-        prior = 1.0 if len(taught) <= FEW_ROWS else 1000 / len(taught)
+        many = len(taught) > FEW_ROWS
+        rate = settings.learning_rate / (3 if many else 1)  # narrow normals are easily shaken
+        prior = 1000 / len(taught) if many else 1.0
         optimizer = torch.optim.AdamW(
             [
                 {
@@ -662,7 +664,7 @@ class _Fit:
         )
         best, kept = self._mean(layers, judged), copy.deepcopy(layers.state_dict())
         reached, stale, limit = 0, 0, self._limit(len(taught))
-        batch = min(len(taught), 512 if len(taught) > FEW_ROWS else 128)
+        batch = min(len(taught), 512 if many else 128)
         every = max(10, limit // 24)
         for step in range(1, limit + 1):
             part = step / limit
@@ -690,7 +692,7 @@ class _Fit:
                     kept = copy.deepcopy(layers.state_dict())
                 else:
                     stale += 1
-                if stale == PATIENCE:
+                if stale >= PATIENCE and (part > 0.5 or not many):
                     break
         layers.load_state_dict(kept)
         return layers, reached, best

@@ -72,7 +72,9 @@ def draw_samples(runs: list[tuple[Path, dict[str, Any]]], path: Path) -> None:
 def draw_curves(runs: list[tuple[Path, dict[str, Any]]], path: Path) -> None:
     """Validation loss against time."""
     figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
-    styles = itertools.cycle(("o-", "s--", "^-.", "v:", "D-", "x--"))  # colours are not for all eyes
+    styles = itertools.cycle(
+        ("o-", "s--", "^-.", "v:", "D-", "x--")
+    )  # colours are not for all eyes
     for (folder, results), style in zip(runs, styles, strict=False):
         with (folder / "metrics.csv").open() as file:
             rows = list(csv.DictReader(file))
