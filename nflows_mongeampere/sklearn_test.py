@@ -168,6 +168,17 @@ def test_training_ends_at_its_best(monkeypatch):
     assert trained.held_out_score_ >= start.held_out_score_
 
 
+def test_many_rows_are_as_likely_as_under_a_rich_mixture():
+    """Four of five rows lie in one place, which monotone functions of the column smear."""
+    rng = np.random.default_rng(0)
+    rain = np.where(rng.random(7400) < 0.8, 0.001 * rng.random(7400), rng.exponential(size=7400))
+    table = np.stack([rain, rng.normal(size=7400) + rain], axis=1)
+    train, test = table[:6400], table[6400:]
+    density = MongeAmpereDensity(bounds={}, max_iter=0, random_state=0).fit(train)
+    mixture = GaussianMixture(32, random_state=0).fit(train)
+    assert density.score(test) > mixture.score(test) - 0.05
+
+
 def test_a_solver_that_stays_rough_is_told(monkeypatch):
     monkeypatch.setattr(_Fit, "_choose_steps", lambda *_: 0.25)
     with pytest.warns(
