@@ -92,7 +92,7 @@ class MongeAmpereDensity(DensityMixin, BaseEstimator):
         bounds: the ends of columns, a mapping from name or number to ``(lower, upper)``, either of
             them None where there is none. ``"auto"`` takes an extreme value for an end where at
             least 2 % of the rows have it. Samples stay within, and rows outside have no density.
-        validation_fraction: the part of the rows that is held out.
+        validation_fraction: the part of the rows that is held out, at most 2,000 of them.
         max_iter: most steps of the optimiser for each flow; None for two for each row, from 50 to
             600.
         learning_rate: of Adam, at its highest, for the potential; a tenth for the other layers.
@@ -481,7 +481,7 @@ class _Fit:
         """Choose by the held-out rows, and fit."""
         self._scale(table)
         rows = torch.as_tensor((table - self.centre) / self.unit, dtype=torch.float32)
-        held = max(2, round(self.settings.validation_fraction * len(rows)))
+        held = max(2, min(round(self.settings.validation_fraction * len(rows)), JUDGED_ROWS))
         order, members = torch.randperm(len(rows)), choose_members(len(rows))
         flows, iterations, scores, errors = [], [], [], []
         for member in range(members):
@@ -579,9 +579,10 @@ class _Fit:
         if not learnt:
             return layers
         optimizer, steps = torch.optim.Adam(learnt, lr=3e-2), 150 if len(taught) > 300 else 60
+        batch = 2000 if len(taught) <= FEW_ROWS else 1000
         for step in range(steps):
             optimizer.param_groups[0]["lr"] = 3e-2 * (1 - 0.8 * step / steps)
-            x = taught[torch.randint(len(taught), (2000,))] if len(taught) > 2000 else taught
+            x = taught[torch.randint(len(taught), (batch,))] if len(taught) > batch else taught
             z, logabsdet = layers.marginal(self._noisy(x))
             loss = (0.5 * z.square().sum(1) - logabsdet).mean()
             loss = loss + layers.bending() / len(taught)
@@ -609,7 +610,7 @@ class _Fit:
             counts = [given] if given > 1 else []
         z = layers.white(self._noisy(taught[: 4 * FEW_ROWS]))[0].double().numpy()
         aside = layers.white(judged[:JUDGED_ROWS])[0]
-        best, score = layers.base, float(layers.base.log_prob(aside).mean())
+        chosen, score = None, float(layers.base.log_prob(aside).mean())
         many, seed = len(z) > FEW_ROWS, int(torch.randint(2**31, ()))
         for covariance in ("full",) if many else ("full", "diag"):
             worse = 0
@@ -618,18 +619,25 @@ class _Fit:
                     count,
                     covariance_type=covariance,
                     random_state=seed,
-                    max_iter=30 if many else 50,
+                    max_iter=20 if many else 50,
+                    warm_start=many,
                 )
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # EM need not end: training goes on
                     value = float(mixture.fit(z).score(aside.double().numpy()))
                 if value > score:
-                    best, score, worse = _base_of(mixture).float(), value, 0
+                    chosen, score, worse = mixture, value, 0
                 else:
                     worse += 1
                 if worse == 2:
                     break
-        layers.base = best
+        if chosen is None:
+            return
+        if many and len(counts) > 1:  # the choice was made before EM had ended
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                chosen.set_params(max_iter=60).fit(z)
+        layers.base = _base_of(chosen).float()
 
     def _train(
         self,
