@@ -94,9 +94,8 @@ class MongeAmpereDensity(DensityMixin, BaseEstimator):
             least 2 % of the rows have it. Samples stay within, and rows outside have no density.
         validation_fraction: the part of the rows that is held out, at most 2,000 of them.
         max_iter: most steps of the optimiser for each flow; None for two for each row, from 50 to
-            600.
+            600, and for 1,500 where there are more than 5,000 rows.
         learning_rate: of Adam, at its highest, for the potential; a tenth for the other layers.
-            Of more than 5,000 rows a third of these.
         weight_decay: of the potential; of more than 5,000 rows a part, 1,000 over their number.
         tolerance: the solver's error, in nats, that log-densities may have on average.
         random_state: of everything that is random.
@@ -522,7 +521,7 @@ class _Fit:
 
     def _limit(self, rows: int) -> int:
         given = self.settings.max_iter
-        most = 600
+        most = 600 if rows <= FEW_ROWS else 1500
         return min(most, max(50, 2 * rows)) if given is None else given
 
     def _scale(self, table: Array) -> None:
@@ -658,7 +657,7 @@ class _Fit:
         layers.flow = transform.float()
         others = [p for name, p in layers.named_parameters() if not name.startswith("flow.")]
         many = len(taught) > FEW_ROWS
-        rate = settings.learning_rate / (3 if many else 1)  # narrow normals are easily shaken
+        rate = settings.learning_rate
         prior = 1000 / len(taught) if many else 1.0
         optimizer = torch.optim.AdamW(
             [
