@@ -11,8 +11,8 @@ READY := $(VENV)/ready
 export PATH := $(subst $(CURDIR)/$(BIN):,,$(PATH))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long test-all test-versions mutants lint types format docs release-check benchmark \
-    clean
+.PHONY: help demo test test-long test-all test-versions mutants lint schemas types format docs release-check \
+    benchmark clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +45,14 @@ lint: $(READY) ## check style and dependencies
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/deptry nflows_mongeampere
+	$(MAKE) --no-print-directory schemas CHECK=$(BIN)/check-jsonschema
+
+CHECK := check-jsonschema
+schemas: ## check workflows, issue forms and CITATION.cff against their schemas
+	$(CHECK) --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(CHECK) --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/bug.yml .github/ISSUE_TEMPLATE/idea.yml
+	$(CHECK) --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(CHECK) --builtin-schema vendor.citation-file-format CITATION.cff
 
 types: $(READY) ## check types
 	$(BIN)/mypy

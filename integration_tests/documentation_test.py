@@ -1,6 +1,11 @@
 """Every block of Python in the README and the documentation runs as it stands."""
 
+import contextlib
+import importlib
+import inspect
 import re
+import shutil
+from functools import reduce
 from pathlib import Path
 
 import pytest
@@ -14,12 +19,13 @@ LONG = {
     "inference.md-2",
     "lattices.md-0",
     "lattices.md-1",
+    "lattices.md-2",
     "variational.md-1",
     "variational.md-2",
 }
 ELSEWHERE = {"pipeline.md-0"}
 BLOCKS = [
-    pytest.param(block, id=name, marks=[pytest.mark.long] if name in LONG else [])
+    pytest.param(page, block, id=name, marks=[pytest.mark.long] if name in LONG else [])
     for page in PAGES
     if page.parent != NOTEBOOKS
     for number, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
@@ -27,8 +33,10 @@ BLOCKS = [
 ]
 
 
-@pytest.mark.parametrize("block", BLOCKS)
-def test_block_runs(block, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("page", "block"), BLOCKS)
+def test_block_runs(page, block, tmp_path, monkeypatch):
+    for table in page.parent.glob("*.csv"):  # what a page offers to download
+        shutil.copy(table, tmp_path)
     monkeypatch.chdir(tmp_path)
     exec(compile(block, "block", "exec"), {"__name__": "__main__"})
 
@@ -50,3 +58,27 @@ def test_links_lead_somewhere(page):
         assert file.exists(), f"{page.name} links to {target}"
         if anchor and not anchor.startswith("nflows_mongeampere"):  # those are mkdocstrings'
             assert anchor in anchors(file), f"{page.name} links to {link}"
+
+
+PUBLIC = ("", ".integration", ".potentials", ".targets", ".training")
+
+
+def named(path):
+    """What ``::: path`` of a page of the reference stands for."""
+    parts = path.split(".")
+    for count in range(len(parts), 0, -1):
+        with contextlib.suppress(ModuleNotFoundError):
+            return reduce(getattr, parts[count:], importlib.import_module(".".join(parts[:count])))
+    raise AssertionError(path)
+
+
+def test_the_reference_has_every_public_name():
+    text = "".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
+    entries = [*map(named, re.findall(r"^::: (\S+)", text, re.MULTILINE))]
+    whole = {entry.__name__ for entry in entries if inspect.ismodule(entry)}
+    for name in PUBLIC:
+        module = importlib.import_module("nflows_mongeampere" + name)
+        for public in set(module.__all__) - {"__version__"}:
+            thing = getattr(module, public)
+            home = thing.__name__ if inspect.ismodule(thing) else getattr(thing, "__module__", None)
+            assert home in whole or any(thing is entry for entry in entries), public

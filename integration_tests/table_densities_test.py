@@ -45,7 +45,7 @@ def test_benchmark_of_tables_is_taken_up_again(tmp_path):
     assert [*both["splits"]] == ["7", "8"]
     ours, mixture = (
         [run[name]["score"] for run in both["splits"].values()]
-        for name in ("Monge-Ampère", "Gaussian mixture, CV")
+        for name in ("Monge-Ampère", "kernel density, CV")
     )
     line = (tmp_path / "tables.md").read_text().splitlines()[-1].strip("| ").split(" | ")
     differences = np.subtract(ours, mixture)
@@ -65,3 +65,12 @@ def test_flow_matching_beside_likelihood(tmp_path):
         assert 1.5 < runs[0]["nll"] < 2.9  # the entropy of the moons; a standard normal has 2.84
         assert runs[0]["solver_error"] < 0.01
     assert (tmp_path / "flow_matching.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_pipeline_swap_chooses_a_rate_for_each(tmp_path):
+    done = run("benchmarks/pipeline_swap.py", "--seeds", 1, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert {*found["rates"]} == {*found["runs"]} == {"RealNVP", "Monge-Ampère"}
+    for (run_,) in found["runs"].values():
+        assert 1.5 < run_["nll"] < 3.5  # a Gaussian has 3.86

@@ -147,3 +147,19 @@ class MongeAmpereFlow(Flow):
         ]
         # nflows would join batches along the contexts
         return torch.cat(parts, dim=0 if context is None else 1)
+
+    def sample_and_log_prob(
+        self, num_samples: int, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Samples with their log-densities in nats, from one solve; gradients go through both.
+
+        Args:
+            num_samples: N.
+            context: shape (C, ...), where the flow is conditional.
+
+        Returns:
+            Samples, shape (N, D) or (C, N, D), and log-densities, shape (N,) or (C, N).
+        """
+        num_samples = validation.integer("num_samples", num_samples)
+        drawn: tuple[Tensor, Tensor] = super().sample_and_log_prob(num_samples, context)
+        return drawn

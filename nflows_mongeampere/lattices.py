@@ -419,8 +419,8 @@ def symmetries(target: Any, parameters: Sequence[float] = ()) -> Symmetries:
 def best_gaussian(target: Any, found: Symmetries | None = None) -> tuple[Tensor, float]:
     r"""The Gaussian of lowest variational free energy, with the symmetries of a target.
 
-    .. math:: F(s, m) = -\sum_k s_k - \Big\langle \ln \pi\big(m + U^\dagger e^{s} U \xi\big)
-              \Big\rangle_{\xi \sim \mathcal{N}(0, 1)}
+    .. math:: F(s, m) = -\sum_k s_k - \langle \ln \pi\big(m + U^\dagger e^{s} U \xi\big)
+              \rangle_{\xi \sim \mathcal{N}(0, 1)}
 
     with U the Fourier transform, is minimised by L-BFGS on the same few hundred :math:`\xi`.
 

@@ -53,6 +53,8 @@ STEPS, MOST_STEPS = 4, 24  # of the solver, in training
 TRAINING_ERROR = 0.01  # of the solver, in nats
 PATIENCE = 8  # validations without a better one, after which the training ends
 MARGINALS = ("affine", "tails", "splines")
+FEW_NORMALS = (2, 3, 4, 6, 8, 12, 16, 24, 32)  # of the base, 20 rows for each
+MANY_NORMALS = (32, 64, 96)  # where there are many rows
 
 
 def choose_potential(features: int, rows: int, hidden_features: int | None = None) -> Potential:
@@ -90,7 +92,7 @@ class MongeAmpereDensity(DensityMixin, BaseEstimator):
         bounds: the ends of columns, a mapping from name or number to ``(lower, upper)``, either of
             them None where there is none. ``"auto"`` takes an extreme value for an end where at
             least 2 % of the rows have it. Samples stay within, and rows outside have no density.
-        validation_fraction: the part of the rows that is held out.
+        validation_fraction: the part of the rows that is held out, at most 2,000 of them.
         max_iter: most steps of the optimiser for each flow; None for two for each row, from 50 to
             600, and for 1,500 where there are more than 5,000 rows.
         learning_rate: of Adam, at its highest, for the potential; a tenth for the other layers.
@@ -478,7 +480,7 @@ class _Fit:
         """Choose by the held-out rows, and fit."""
         self._scale(table)
         rows = torch.as_tensor((table - self.centre) / self.unit, dtype=torch.float32)
-        held = max(2, round(self.settings.validation_fraction * len(rows)))
+        held = max(2, min(round(self.settings.validation_fraction * len(rows)), JUDGED_ROWS))
         order, members = torch.randperm(len(rows)), choose_members(len(rows))
         flows, iterations, scores, errors = [], [], [], []
         for member in range(members):
@@ -548,13 +550,17 @@ class _Fit:
     def _start(self, taught: Tensor, judged: Tensor) -> _Layers:
         """Marginals, linear layer and base, by closed forms and by EM."""
         found: list[tuple[float, _Layers]] = []
-        for kind in MARGINALS if len(taught) <= FEW_ROWS else MARGINALS[-1:]:
+        many = len(taught) > FEW_ROWS
+        for kind in ("affine", "splines") if many else MARGINALS:
             layers = self._marginals(taught, kind)
             self._whiten(layers, taught)
+            if many:  # atoms of a column are better left to narrow normals than to a spline
+                self._enrich(layers, taught, judged, MANY_NORMALS[:1])
             value = self._mean(layers, judged)
             found.append((value if math.isfinite(value) else -math.inf, layers))
         layers = max(found, key=lambda one: one[0])[1]
-        layers.base = self._base(layers, taught, judged).float()
+        few = [k for k in FEW_NORMALS if 20 * k <= len(taught)]
+        self._enrich(layers, taught, judged, MANY_NORMALS[1:] if many else few)
         return layers
 
     def _marginals(self, taught: Tensor, kind: str) -> _Layers:
@@ -572,9 +578,10 @@ class _Fit:
         if not learnt:
             return layers
         optimizer, steps = torch.optim.Adam(learnt, lr=3e-2), 150 if len(taught) > 300 else 60
+        batch = 2000 if len(taught) <= FEW_ROWS else 1000
         for step in range(steps):
             optimizer.param_groups[0]["lr"] = 3e-2 * (1 - 0.8 * step / steps)
-            x = taught[torch.randint(len(taught), (2000,))] if len(taught) > 2000 else taught
+            x = taught[torch.randint(len(taught), (batch,))] if len(taught) > batch else taught
             z, logabsdet = layers.marginal(self._noisy(x))
             loss = (0.5 * z.square().sum(1) - logabsdet).mean()
             loss = loss + layers.bending() / len(taught)
@@ -593,23 +600,30 @@ class _Fit:
         layers.linear = whitening(mean, torch.as_tensor(covariance).reshape(len(mean), -1)).float()
 
     @torch.no_grad()
-    def _base(self, layers: _Layers, taught: Tensor, judged: Tensor) -> NormalMixture:
-        """As many normals as the held-out rows ask for, by EM."""
-        rows = layers.white(self._noisy(taught[: 4 * FEW_ROWS]))[0].double().numpy()
-        z = rows[:FEW_ROWS]
-        aside = layers.white(judged[:JUDGED_ROWS])[0].double().numpy()
-        best, seed = NormalMixture(z.shape[1], 1), int(torch.randint(2**31, ()))
-        chosen: GaussianMixture | None = None
-        score = float(best.log_prob(torch.as_tensor(aside).to(best.means)).mean())
-        for covariance in ("full", "diag"):
+    def _enrich(
+        self, layers: _Layers, taught: Tensor, judged: Tensor, counts: Sequence[int]
+    ) -> None:
+        """As many normals in the base as the held-out rows ask for, by EM."""
+        given = self.settings.components
+        if given is not None:
+            counts = [given] if given > 1 else []
+        z = layers.white(self._noisy(taught[: 4 * FEW_ROWS]))[0].double().numpy()
+        aside = layers.white(judged[:JUDGED_ROWS])[0]
+        chosen, score = None, float(layers.base.log_prob(aside).mean())
+        many, seed = len(z) > FEW_ROWS, int(torch.randint(2**31, ()))
+        for covariance in ("full",) if many else ("full", "diag"):
             worse = 0
-            for count in self._counts(len(z)):
+            for count in counts:
                 mixture = GaussianMixture(
-                    count, covariance_type=covariance, random_state=seed, max_iter=50
+                    count,
+                    covariance_type=covariance,
+                    random_state=seed,
+                    max_iter=20 if many else 50,
+                    warm_start=many,
                 )
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # EM need not end: training goes on
-                    value = float(mixture.fit(z).score(aside))
+                    value = float(mixture.fit(z).score(aside.double().numpy()))
                 if value > score:
                     chosen, score, worse = mixture, value, 0
                 else:
@@ -617,23 +631,12 @@ class _Fit:
                 if worse == 2:
                     break
         if chosen is None:
-            return best
-        if len(rows) > len(z):  # the choice was made on a part of them
-            chosen.set_params(
-                means_init=chosen.means_,
-                weights_init=chosen.weights_,
-                precisions_init=chosen.precisions_,
-                max_iter=15,
-            )
+            return
+        if many and len(counts) > 1:  # the choice was made before EM had ended
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                chosen.fit(rows)
-        return _base_of(chosen)
-
-    def _counts(self, rows: int) -> Sequence[int]:
-        if self.settings.components is not None:
-            return () if self.settings.components == 1 else (self.settings.components,)
-        return [k for k in (2, 3, 4, 6, 8, 12, 16, 24, 32) if 20 * k <= rows]
+                chosen.set_params(max_iter=60).fit(z)
+        layers.base = _base_of(chosen).float()
 
     def _train(
         self,
@@ -653,8 +656,9 @@ class _Fit:
         )
         layers.flow = transform.float()
         others = [p for name, p in layers.named_parameters() if not name.startswith("flow.")]
+        many = len(taught) > FEW_ROWS
         rate = settings.learning_rate
-        prior = 1.0 if len(taught) <= FEW_ROWS else 1000 / len(taught)
+        prior = 1000 / len(taught) if many else 1.0
         optimizer = torch.optim.AdamW(
             [
                 {
@@ -667,7 +671,7 @@ class _Fit:
         )
         best, kept = self._mean(layers, judged), copy.deepcopy(layers.state_dict())
         reached, stale, limit = 0, 0, self._limit(len(taught))
-        batch = min(len(taught), 512 if len(taught) > FEW_ROWS else 128)
+        batch = min(len(taught), 512 if many else 128)
         every = max(10, limit // 24)
         for step in range(1, limit + 1):
             part = step / limit
@@ -695,7 +699,7 @@ class _Fit:
                     kept = copy.deepcopy(layers.state_dict())
                 else:
                     stale += 1
-                if stale == PATIENCE:
+                if stale >= PATIENCE and (part > 0.5 or not many):
                     break
         layers.load_state_dict(kept)
         return layers, reached, best

@@ -156,6 +156,18 @@ def test_training_ends_at_its_best(monkeypatch):
     assert trained.held_out_score_ >= start.held_out_score_
 
 
+def test_many_rows_may_lie_in_many_places():
+    """In more than a base of 32 normals can tell apart; the true density is known."""
+    rng = np.random.default_rng(0)
+    centres = 30 * rng.random((60, 2))
+    table = rng.permutation(centres.repeat(120, axis=0)) + 0.3 * rng.normal(size=(7200, 2))
+    train, test = table[:6400], table[6400:]
+    density = MongeAmpereDensity(bounds={}, max_iter=0, random_state=0).fit(train)
+    squares = np.square((test[:, None] - centres) / 0.3).sum(2)
+    truth = np.log(np.exp(-squares / 2).mean(1) / (2 * np.pi * 0.3**2)).mean()
+    assert truth - 0.2 < density.score(test) < truth
+
+
 def test_a_solver_that_stays_rough_is_told(monkeypatch):
     monkeypatch.setattr(_Fit, "_choose_steps", lambda *_: 0.25)
     with pytest.warns(

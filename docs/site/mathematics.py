@@ -6,12 +6,13 @@ import html
 import re
 
 from latex2mathml.converter import convert
+from mkdocs.exceptions import PluginError
 
 INLINE = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.DOTALL)
 BLOCK = re.compile(r'<div class="arithmatex">\\\[(.*?)\\\]</div>', re.DOTALL)
 CAPITAL = re.compile(r"<mi>(&#x003(?:9[1-9A-F]|A[0-9]);)</mi>")
 NAME = re.compile(r"(<mi>[a-z]{2,}</mi>)(?=<m(?:i|n|frac|sub|sup)\b)")
-ORDINARY = re.compile(r'<mo(?: stretchy="false")?>(&#x000(?:7C|2F);)</mo>')
+ORDINARY = re.compile(r'<mo(?: (?:stretchy|fence|form)="[a-z]*")*>(&#x0(?:007C|002F|2016);)</mo>')
 PRIMED = re.compile(r"<msup>(<mi>[^<]*</mi>)<mi>(&#x0203[2-4];)</mi></msup>")
 
 
@@ -22,8 +23,11 @@ def on_page_content(content: str, **_: object) -> str:
 
 
 def _mathml(found: re.Match[str], display: str) -> str:
-    mathml: str = convert(html.unescape(found[1]).strip(), display=display)
-    # as TeX sets them: upright capitals, a thin space after names of functions, none around | and /
+    formula = html.unescape(found[1]).strip()
+    mathml: str = convert(formula, display=display)
+    if "\\" in mathml:
+        raise PluginError(f"no MathML is known for a command in the formula {formula}")
+    # as TeX sets them: upright capitals, a thin space after names of functions, none around bars
     mathml = CAPITAL.sub(r'<mi mathvariant="normal">\1</mi>', mathml)
     mathml = NAME.sub(r'\1<mspace width="0.17em"/>', mathml)
     mathml = ORDINARY.sub(r'<mo stretchy="false" lspace="0" rspace="0">\1</mo>', mathml)

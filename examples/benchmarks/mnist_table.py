@@ -8,6 +8,7 @@ from __future__ import annotations
 import nflows_mongeampere.examples.extras  # noqa: F401
 
 import csv
+import itertools
 import math
 from pathlib import Path
 from typing import Annotated, Any
@@ -71,12 +72,17 @@ def draw_samples(runs: list[tuple[Path, dict[str, Any]]], path: Path) -> None:
 def draw_curves(runs: list[tuple[Path, dict[str, Any]]], path: Path) -> None:
     """Validation loss against time."""
     figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
-    for folder, results in runs:
+    styles = itertools.cycle(
+        ("o-", "s--", "^-.", "v:", "D-", "x--")
+    )  # colours are not for all eyes
+    for (folder, results), style in zip(runs, styles, strict=False):
         with (folder / "metrics.csv").open() as file:
             rows = list(csv.DictReader(file))
         axes.plot(
             [float(row["minutes"]) for row in rows],
             [float(row["validation"]) for row in rows],
+            style,
+            markersize=4,
             label=results["preset"],
         )
     for level, name in ((1255.5, "Monge-Ampère, published"), (1038.5, "MADE MoG, published")):

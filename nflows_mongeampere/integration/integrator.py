@@ -26,6 +26,7 @@ from nflows_mongeampere.integration.implicit import ImplicitEuler
 from nflows_mongeampere.integration.methods import EXPLICIT, Method, Rate, TorchdynStep, repair
 
 SENSITIVITIES = ("autograd", "recompute", "adjoint", "interpolated_adjoint")
+"""Where gradients come from; see `Integrator`."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from nflows_mongeampere.targets.lattice import Lattice, chain_adjacency
 
 # T_c of the infinite lattice, in units of the coupling
 CRITICAL_TEMPERATURE = 2 / math.log(1 + math.sqrt(2))
+"""Of the square lattice with J = 1, Onsager's."""
 
 # the smallest eigenvalue of K + αI, as published
 SMALLEST_EIGENVALUE = 0.1

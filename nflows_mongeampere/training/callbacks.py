@@ -125,12 +125,20 @@ class History(Callback):
         rows: the lines: ``step``, ``minutes``, ``train`` (the mean loss since the last line),
             ``validation`` and ``solver_error`` where there was a validation, ``learning_rate``,
             ``solver_steps`` of the flow that takes the most.
+
+    Example:
+        >>> History("metrics.csv")  # with the last line, once there is one
+        History('metrics.csv', 0 intervals)
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.rows: list[dict[str, float]] = []
         self._judged: dict[str, float] = {}
+
+    def __repr__(self) -> str:
+        last = "".join(f", {name}={value:.4g}" for name, value in (self.rows or [{}])[-1].items())
+        return f"History({str(self.path)!r}, {len(self.rows)} intervals{last})"
 
     def on_validation_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
