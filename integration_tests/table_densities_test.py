@@ -68,7 +68,7 @@ def test_flow_matching_beside_likelihood(tmp_path):
 
 
 def test_pipeline_swap_chooses_a_rate_for_each(tmp_path):
-    done = run("benchmarks/pipeline_swap.py", "--seeds", 1, "--out", tmp_path)
+    done = start("benchmarks/pipeline_swap.py", "--seeds", 1, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "results.json").read_text())
     assert {*found["rates"]} == {*found["runs"]} == {"RealNVP", "Monge-Ampère"}
