@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Any
 
 from nflows_mongeampere.accuracy import AccuracyWarning, ErrorEstimate, StepChoice
@@ -26,11 +25,6 @@ from nflows_mongeampere.potentials import (
 from nflows_mongeampere.transform import MongeAmpereTransform
 from nflows_mongeampere.transport import Trajectory
 from nflows_mongeampere.version import __version__
-
-# six lines at the first sample behind a LULinear of nflows, about which no user can do anything
-warnings.filterwarnings(
-    "ignore", "torch.triangular_solve is deprecated", UserWarning, r"nflows\.transforms"
-)
 
 if TYPE_CHECKING:
     from nflows_mongeampere.flow import MongeAmpereFlow
