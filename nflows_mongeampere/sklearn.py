@@ -55,6 +55,7 @@ PATIENCE = 8  # validations without a better one, after which the training ends
 MARGINALS = ("affine", "tails", "splines")
 FEW_NORMALS = (2, 3, 4, 6, 8, 12, 16, 24, 32)  # of the base, 20 rows for each
 MANY_NORMALS = (32, 64, 96)  # where there are many rows
+WIDE = 10.0  # standard deviations of the whole, of a normal for outliers among many rows
 
 
 def choose_potential(features: int, rows: int, hidden_features: int | None = None) -> Potential:
@@ -78,8 +79,8 @@ class MongeAmpereDensity(DensityMixin, BaseEstimator):
     layer whitens the rows; the flow moves them; the base is a mixture of normals. How flexible the
     functions of the columns are, how many normals there are, and when training ends is chosen on a
     part of the rows that is held out. The start is the mixture of normals, so that training has
-    only to gain. Up to 1,000 rows the density is the mean of five flows, and up to 5,000 of three,
-    each with another part held out.
+    only to gain; among more than 5,000 rows one normal is for outliers. Up to 1,000 rows the
+    density is the mean of five flows, and up to 5,000 of three, each with another part held out.
 
     Columns of integers are fitted with uniform noise of half a unit up and down: the density at an
     integer is about its probability. Samples are rounded.
@@ -561,6 +562,8 @@ class _Fit:
         layers = max(found, key=lambda one: one[0])[1]
         few = [k for k in FEW_NORMALS if 20 * k <= len(taught)]
         self._enrich(layers, taught, judged, MANY_NORMALS[1:] if many else few)
+        if many:
+            layers.base = _with_outliers(layers.base, 1 / len(taught)).float()
         return layers
 
     def _marginals(self, taught: Tensor, kind: str) -> _Layers:
@@ -775,3 +778,19 @@ def _base_of(mixture: GaussianMixture) -> NormalMixture:
         base.means.copy_(torch.as_tensor(mixture.means_))
         base.factors.copy_(factors.diag_embed() if mixture.covariance_type == "diag" else factors)
     return base
+
+
+@torch.no_grad()
+def _with_outliers(base: NormalMixture, part: float) -> NormalMixture:
+    """A mixture with one more normal for a part of the rows, ``WIDE`` times as wide as the whole.
+
+    Narrow normals are blind to outliers, one of which can outweigh all other rows.
+    """
+    count, features = base.means.shape
+    wider = NormalMixture(features, count + 1)
+    wider.logits.copy_(torch.cat([base.logits.log_softmax(0), torch.tensor([math.log(part)])]))
+    wider.means[:count] = base.means
+    wider.means[count] = 0
+    wider.factors[:count] = base.factors
+    wider.factors[count] = torch.eye(features) / WIDE
+    return wider

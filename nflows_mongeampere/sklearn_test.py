@@ -216,3 +216,14 @@ def test_a_progress_bar_where_it_is_asked_for(capsys):
     assert "fit" in capsys.readouterr().out
     MongeAmpereDensity(max_iter=10, random_state=0).fit(mixed(40))
     assert capsys.readouterr().out == ""
+
+
+def test_outliers_among_many_rows_are_not_impossible():
+    """By narrow normals alone this row would have -5,000 nats."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=7000)
+    table = np.stack([x, x + 0.1 * rng.normal(size=7000)], axis=1)
+    density = MongeAmpereDensity(components=2, max_iter=10, random_state=0).fit(table)
+    inside, outside = density.score_samples([[0.0, 0.0], [5.0, -5.0]])
+    assert inside > 0
+    assert -100 < outside < -20
