@@ -166,6 +166,18 @@ def convolutional(levels: Tensor) -> list[Transform]:
     return [*before, *flows, whitening(images_through(before, levels))]
 
 
+def whitened_multiscale(levels: Tensor) -> list[Transform]:
+    """Whitened pixels flow in what networks say of coarser ones; whitening keeps their places."""
+    scales = coarse_to_fine(
+        (1, SIDE, SIDE),
+        partial(PixelNetwork, width=48, blocks=2),
+        context_channels=16,
+        stiffness=10.0,
+        steps=4,
+    )
+    return [whitening(images_through([], levels)), AsImages((1, SIDE, SIDE)), scales]
+
+
 def multiscale(width: int, blocks: int, ridges: int, maps: int, levels: Tensor) -> list[Transform]:
     """From fine to coarse, pixels flow in what networks say of coarser ones."""
     # ink apart from paper, and black apart from grey: clusters, which a smooth flow tells apart
@@ -242,6 +254,14 @@ PRESETS = {
     ),
     "coupling": Preset(
         couplings, 4e-3, batch_size=200, interval=200, solver_tolerance=1.5, linear_rate=0.02
+    ),
+    "whitened": Preset(
+        whitened_multiscale,
+        6e-3,
+        batch_size=100,
+        interval=250,
+        linear_rate=0.02,
+        solver_tolerance=0.3,
     ),
     "convolutional": Preset(
         convolutional, 2e-2, interval=200, linear_rate=0.02, solver_tolerance=2.0

@@ -190,17 +190,19 @@ def test_an_unfinished_run_has_no_line(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "flags"),
     [
-        ({}, " --seed 1"),
-        ({"path_gradient": False}, " --seed 1 --no-path-gradient"),
+        ({}, " --steps 30 --seed 1"),
+        ({"path_gradient": False}, " --steps 30 --seed 1 --no-path-gradient"),
+        ({"boundary": "open"}, " --boundary open --steps 30 --seed 1"),
     ],
 )
 def test_the_command_of_a_run_names_what_is_not_the_default(changes, flags):
     config = {
-        **{"length": 16, "temperature": 2.5, "minutes": 30.0, "steps": None, "seed": 1},
+        **{"length": 16, "temperature": 2.5, "minutes": None, "steps": 30, "seed": 1},
+        "boundary": "periodic",
         **{"samples": 10_000, "path_gradient": True, "couplings": [1.0, 1.0], "field": 0.0},
         **changes,
     }
-    expected = "python examples/ising.py --length 16 --temperature 2.5 --minutes 30" + flags
+    expected = "python examples/ising.py --length 16 --temperature 2.5" + flags
     assert ising.command(config) == expected
 
 

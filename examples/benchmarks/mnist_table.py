@@ -33,6 +33,7 @@ NAMES = {
     "convolutional": "Monge-Ampère, convolutional, behind marginals",
     "stacked": "Monge-Ampère, coarse to fine, behind marginals",
     "deep": "Monge-Ampère, coarse to fine, larger networks",
+    "whitened": "Monge-Ampère, coarse to fine, behind whitening",
     "whitened-spline": "nflows rational-quadratic coupling behind marginals and whitening",
     "glow": "normflows Glow blocks behind marginals",
     "realnvp": "nflows `SimpleRealNVP` behind whitening",
