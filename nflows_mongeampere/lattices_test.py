@@ -260,6 +260,13 @@ def test_open_kernels_on_a_larger_lattice_are_the_same_where_they_fit():
         )
 
 
+def test_corrections_follow_the_half_waves_of_an_open_lattice():
+    small, large = (LatticeFlow((side,), boundary="open") for side in (4, 9))
+    waves = {side: (torch.arange(side) + 1.0) / (side + 1) for side in (4, 9)}
+    large.adopt(small, waves[4][None])
+    torch.testing.assert_close(large.scales[0], waves[9].clamp(1 / 5, 4 / 5))
+
+
 def test_a_sextic_action_against_quadrature(tmp_path):
     """Over four sites; not even, so that the flow needs a mean."""
 
