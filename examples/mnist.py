@@ -168,13 +168,7 @@ def convolutional(levels: Tensor) -> list[Transform]:
 
 def whitened_multiscale(levels: Tensor) -> list[Transform]:
     """Whitened pixels flow in what networks say of coarser ones; whitening keeps their places."""
-    scales = coarse_to_fine(
-        (1, SIDE, SIDE),
-        partial(PixelNetwork, width=48, blocks=2),
-        context_channels=16,
-        stiffness=10.0,
-        steps=4,
-    )
+    scales = coarse_to_fine((1, SIDE, SIDE), stiffness=10.0, steps=4)
     return [whitening(images_through([], levels)), AsImages((1, SIDE, SIDE)), scales]
 
 

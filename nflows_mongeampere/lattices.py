@@ -53,6 +53,9 @@ INTERVAL, GUARDED = 50, 5e-4
 # how many of its fields that is judged.
 SETTLED, JUDGED = 2e-3, 200
 
+# The degree, unless given, of the polynomials by which a flow depends on a parameter.
+DEGREE = 4
+
 # A new flow is first trained on a lattice half as long, for this part of its minutes, unless that
 # has a side shorter than so many sites.
 FIRST, SHORTEST = 0.3, 6
@@ -94,7 +97,11 @@ class Chebyshev(nn.Module):
         return torch.linspace(*self.between, count)[:, None]
 
     def forward(self, context: Tensor) -> Tensor:
-        """The polynomials of values of shape (C, 1), shape (C, N)."""
+        """The polynomials of values of shape (C, 1), shape (C, N).
+
+        Raises:
+            ValueError: if a value lies beyond the ends.
+        """
         low, high = self.between
         place = (2 * context - low - high) / (high - low)
         if not compiling() and not transformed(context) and bool((place.abs() > 1 + 1e-5).any()):
@@ -154,7 +161,7 @@ class LatticeFlow(Flow):
         even: bool = True,
         group: Group | None = None,
         between: Sequence[float] | None = None,
-        degree: int = 4,
+        degree: int = DEGREE,
         boundary: str = "periodic",
         **transport: Any,
     ) -> None:
@@ -202,7 +209,7 @@ class LatticeFlow(Flow):
             ValueError: if translations change its log-density, or it is NaN or infinite.
         """
         shape, between = _shape(target), settings.get("between")
-        degree = settings.get("degree", 4)
+        degree = settings.get("degree", DEGREE)
         found = symmetries(target, [] if between is None else Chebyshev(between, degree).nodes)
         flow = cls(
             shape, even=found.even, group=found.group, boundary=_boundary(target), **settings
