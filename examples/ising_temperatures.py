@@ -31,6 +31,7 @@ from nflows_mongeampere.targets.spins import spin_observables
 from nflows_mongeampere.training import DivergenceError
 from nflows_mongeampere.variational import Estimate, weigh
 
+DEFAULTS = {"samples": 4000, "count": 13, "degree": 6, "pieces": 6}
 STEP = 1e-3  # of 1/T, in the differences that give the exact energy and specific heat
 
 
@@ -174,7 +175,10 @@ def command(config: dict[str, Any]) -> str:
     words += f" --between {low:g} {high:g}"
     for name in ("minutes", "steps"):
         words += f" --{name} {config[name]:g}" if config[name] else ""
-    return f"{words} --seed {config['seed']}"
+    words += f" --seed {config['seed']}"
+    for name, default in DEFAULTS.items():
+        words += f" --{name} {config[name]}" if config[name] != default else ""
+    return words
 
 
 def main(
@@ -190,10 +194,18 @@ def main(
         int | None, typer.Option(min=1, help="Training steps, for a reproducible end.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of weights and noise.")] = 0,
-    samples: Annotated[int, typer.Option(min=100, help="Drawn at each temperature.")] = 4000,
-    count: Annotated[int, typer.Option(min=2, help="Temperatures to weigh the flow at.")] = 13,
-    degree: Annotated[int, typer.Option(min=1, help="Of the polynomials in T.")] = 6,
-    pieces: Annotated[int, typer.Option(min=1, help="Monge-Ampère flows in a row.")] = 6,
+    samples: Annotated[int, typer.Option(min=100, help="Drawn at each temperature.")] = DEFAULTS[
+        "samples"
+    ],
+    count: Annotated[
+        int, typer.Option(min=2, help="Temperatures to weigh the flow at.")
+    ] = DEFAULTS["count"],
+    degree: Annotated[int, typer.Option(min=1, help="Of the polynomials in T.")] = DEFAULTS[
+        "degree"
+    ],
+    pieces: Annotated[int, typer.Option(min=1, help="Monge-Ampère flows in a row.")] = DEFAULTS[
+        "pieces"
+    ],
     overwrite: Annotated[bool, typer.Option(help="Begin anew in a folder with a run.")] = False,
 ) -> None:
     """Train one flow for a range of temperatures and draw what it knows of each."""

@@ -123,7 +123,10 @@ def test_one_flow_for_a_range_of_temperatures(tmp_path):
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "range" / "results.json").read_text())
     assert (tmp_path / "range" / "curves.png").exists()
-    assert results["command"].startswith("python examples/ising_temperatures.py --length 4")
+    assert results["command"] == (
+        "python examples/ising_temperatures.py --length 4 --between 2 3.5 --steps 150 --seed 0 "
+        "--samples 2000 --count 3 --degree 3 --pieces 3"
+    )
     points = results["points"]
     assert [point["temperature"] for point in points] == [2.0, 2.75, 3.5]
     for point in points:
