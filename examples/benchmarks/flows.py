@@ -1,4 +1,4 @@
-r"""The flows that the benchmarks compare, from four libraries, behind one interface.
+r"""The flows that the benchmarks compare, from five libraries, behind one interface.
 
 To add a flow, add a line to :data:`FLOWS`.
 """
@@ -228,6 +228,87 @@ class Zuko(Model):
         return self._evaluations
 
 
+class Torchflows(Model):
+    r"""torchflows' OT-Flow, with the published steps and penalties.
+
+    The divergence of its library is that of its velocity only as long as all of the outer weights
+    are one, and its integrals of the penalties run backwards in time, which makes them rewards
+    (1.2.1). It is trained with that divergence, with the penalties as published, and judged by the
+    divergence of its velocity.
+
+    Args:
+        features: D.
+        hidden: width of the potential.
+        steps: of the classical Runge-Kutta method, in training.
+        transport: :math:`\\alpha_1`, as of :class:`OTFlow`.
+        residual: :math:`\\alpha_2`.
+    """
+
+    def __init__(
+        self, features: int, hidden: int, *, steps: int, transport: float, residual: float
+    ) -> None:
+        super().__init__(features)
+        try:
+            from torchflows.bijections.continuous.otflow import (  # type: ignore[import-untyped]
+                OTFlowBijection,
+            )
+        except ImportError as error:
+            raise ImportError(
+                "this flow is torchflows', which is missing; install it with: "
+                'pip install "nflows-mongeampere[examples]"'
+            ) from error
+        settings = {"hidden_size": hidden, "reg_transport_coef": transport}
+        settings |= {"reg_hjb_coef": residual}
+        self.flow = OTFlowBijection((features,), time_derivative_kwargs=settings)
+        self.steps = steps
+
+    def _to_noise(
+        self, x: Tensor, *, penalties: bool = False
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Noise, the log-density, and the integrals of the penalties."""
+        options = {"step_size": 1 / self.steps}
+        z, log_det, *costs = self.flow.forward(x, return_aux=penalties, options=options)
+        normal = -0.5 * (z.square().sum(1) + self.features * math.log(2 * math.pi))
+        return z, normal + log_det, costs
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        return self._to_noise(x.clone())[1]
+
+    def training_loss(self, x: Tensor) -> Tensor:
+        _, log_prob, costs = self._to_noise(x.clone(), penalties=True)
+        penalty: Tensor = self.flow.regularization(*(-cost for cost in costs))
+        return penalty - log_prob.mean()
+
+    def to_noise(self, x: Tensor) -> Tensor:
+        return self._to_noise(x.clone())[0]
+
+    def to_data(self, z: Tensor) -> Tensor:
+        options = {"step_size": 1 / self.steps}
+        data: Tensor = self.flow.inverse(z.clone(), options=options)[0]
+        return data
+
+    def settle(self, points: Tensor) -> None:
+        """The divergence of its velocity, and many steps."""
+        potential = self.flow.f.time_deriv
+
+        def divergence(s: Tensor, **_: Tensor) -> Tensor:
+            with torch.enable_grad():
+                s = s.detach().requires_grad_()
+                slope = potential.gradient(s)[0]
+                rows = [
+                    torch.autograd.grad(slope[:, i].sum(), s, retain_graph=True)[0][:, i]
+                    for i in range(self.features)
+                ]
+            return -torch.stack(rows).sum(0)
+
+        potential.compute_divergence = divergence
+        self.steps *= 8
+
+    @property
+    def evaluations(self) -> int:
+        return 4 * self.steps
+
+
 class Torchdyn(Model):
     """torchdyn's continuous flow with one of its trace estimators, as in torchdyn's tutorial.
 
@@ -401,10 +482,10 @@ OT_FLOW = {
 }
 
 
-def ot_flow(features: int, hidden: int) -> Model:
+def ot_flow(kind: type[OTFlow] | type[Torchflows], features: int, hidden: int) -> Model:
     """OT-Flow as published for the data with the next number of features."""
     steps, transport, residual = smallest(OT_FLOW, features)
-    return OTFlow(features, hidden, steps=steps, transport=transport, residual=residual)
+    return kind(features, hidden, steps=steps, transport=transport, residual=residual)
 
 
 def behind_linear(build: Callable[[int, int], Nflows]) -> Callable[[int, int], Nflows]:
@@ -548,7 +629,8 @@ FLOWS = {
         least=2,
     ),
     "network": Architecture("Monge-Ampère, network", network, NETWORKS),
-    "ot-flow": Architecture("OT-Flow", ot_flow, {2: 32, 64: 64}),
+    "ot-flow": Architecture("OT-Flow", partial(ot_flow, OTFlow), {2: 32, 64: 64}),
+    "torchflows": Architecture("torchflows OT-Flow", partial(ot_flow, Torchflows), {2: 32, 64: 64}),
     "realnvp": Architecture("nflows RealNVP", behind_linear(realnvp), NETWORKS),
     "maf": Architecture("nflows MAF", behind_linear(maf), NETWORKS),
     "spline-coupling": Architecture("nflows RQ coupling", behind_linear(spline_coupling), NETWORKS),
