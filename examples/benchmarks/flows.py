@@ -240,8 +240,8 @@ class Torchflows(Model):
         features: D.
         hidden: width of the potential.
         steps: of the classical Runge-Kutta method, in training.
-        transport: :math:`\\alpha_1`, as of :class:`OTFlow`.
-        residual: :math:`\\alpha_2`.
+        transport: :math:`\alpha_1`, as of :class:`OTFlow`.
+        residual: :math:`\alpha_2`.
     """
 
     def __init__(
