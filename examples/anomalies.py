@@ -208,7 +208,6 @@ def main(
         table.append(f"| {kind} | " + " | ".join(cells) + " |")
     write_results(
         out,
-        f"python examples/anomalies.py --images {count}",
         run=read_results(run)["command"],
         training_log_density=typical,
         bits_per_pixel={kind: float(d.bits.mean()) / FEATURES for kind, d in found.items()},

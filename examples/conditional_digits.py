@@ -235,7 +235,6 @@ def main(
     draw(conditional, out / "conditional.png", seed)
     write_results(
         out,
-        f"python examples/conditional_digits.py --seconds {seconds:g} --seed {seed}",
         unconditional=asdict(plain),
         conditional=asdict(result),
         logistic_accuracy=logistic,

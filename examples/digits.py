@@ -315,7 +315,6 @@ def main(
     error = draw(flows, digits, out / "digits.png")
     write_results(
         out,
-        f"python examples/digits.py --seconds {seconds:g} --seed {seed}",
         reconstruction_error=error,
         scores=[asdict(s) for s in scores],
     )

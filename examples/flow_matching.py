@@ -161,7 +161,6 @@ def main(
             )
             write_results(
                 out,
-                f"python examples/flow_matching.py --seconds {seconds:g} --seeds {seeds}",
                 results=results,
             )
         if seed == 0:

@@ -340,9 +340,6 @@ def main(
     draw(shown, observed[:SHOWN], out / "inference.png")
     write_results(
         out,
-        f"python examples/inference.py --task {task.value} --method {method.value} "
-        f"--simulations {simulations} "
-        f"--observations {observations} --seeds {seeds} --epochs {epochs}",
         c2st_exact=floor,
         scores=[asdict(s) for s in scores],
     )

@@ -26,7 +26,7 @@ from ising_monte_carlo import reference
 from ising_pictures import draw_learning, draw_path, draw_samples, draw_structure
 from nflows_mongeampere import refined
 from nflows_mongeampere.convergence import converged
-from nflows_mongeampere.examples.runs import one_line_errors, open_folder, write_json
+from nflows_mongeampere.examples.runs import command, one_line_errors, open_folder, write_json
 from nflows_mongeampere.lattices import LatticeFlow, train
 from nflows_mongeampere.models import transports
 from nflows_mongeampere.targets import CRITICAL_TEMPERATURE, Ising
@@ -143,7 +143,7 @@ def judge(
             "magnetisation_monte_carlo": known.magnetisation,
         },
         solver_steps=solver_steps,
-        command=command(config),
+        command=command(),
     )
 
 
@@ -165,29 +165,6 @@ def run(config: dict[str, Any], out: Path, overwrite: bool) -> Results:
     results = judge(flow, target, config, history, out)
     write_json(out / "results.json", asdict(results))
     return results
-
-
-def command(config: dict[str, Any]) -> str:
-    """The command of a run, but for its folder."""
-    words = [f"python examples/ising.py --length {config['length']}"]
-    if config["temperature"] != CRITICAL_TEMPERATURE:
-        words.append(f"--temperature {config['temperature']}")
-    if config["boundary"] != "periodic":
-        words.append(f"--boundary {config['boundary']}")
-    if config["couplings"] != [1.0, 1.0]:
-        words.append("--couplings {} {}".format(*config["couplings"]))
-    if config["field"]:
-        words.append(f"--field {config['field']}")
-    if config["minutes"]:
-        words.append(f"--minutes {config['minutes']:g}")
-    if config["steps"]:
-        words.append(f"--steps {config['steps']}")
-    words.append(f"--seed {config['seed']}")
-    if not config["path_gradient"]:
-        words.append("--no-path-gradient")
-    if config["samples"] != SAMPLES:
-        words.append(f"--samples {config['samples']}")
-    return " ".join(words)
 
 
 def main(

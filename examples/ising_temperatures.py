@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import matplotlib.pyplot as plt
 import torch
 import typer
+from matplotlib.axes import Axes
 
 from ising_monte_carlo import reference
 from nflows_mongeampere.examples.pictures import save_figure
@@ -31,7 +32,6 @@ from nflows_mongeampere.targets.spins import spin_observables
 from nflows_mongeampere.training import DivergenceError
 from nflows_mongeampere.variational import Estimate, weigh
 
-DEFAULTS = {"samples": 4000, "count": 13, "degree": 6, "pieces": 6}
 STEP = 1e-3  # of 1/T, in the differences that give the exact energy and specific heat
 
 
@@ -112,28 +112,17 @@ def draw(points: list[Point], length: int, path: Path) -> None:
     temperatures = [point.temperature for point in points]
     panels = ("free_energy", "energy", "specific_heat", "magnetisation")
     titles = ("free energy / T", "energy", "specific heat", "|magnetisation|")
-    for axis, name, title, curve in zip(axes, panels, titles, [*curves, None], strict=True):
-        if curve is not None:
-            axis.plot(fine, curve, color="grey", label="exact")
-        else:
-            known = [point.magnetisation_monte_carlo for point in points]
-            axis.errorbar(
-                temperatures,
-                [estimate.value for estimate in known],
-                [estimate.error for estimate in known],
-                fmt="s",
-                mfc="none",
-                color="grey",
-                label="cluster Monte Carlo",
-            )
-        found = [getattr(point, name) for point in points]
-        axis.errorbar(
-            temperatures,
-            [estimate.value for estimate in found],
-            [estimate.error for estimate in found],
-            fmt=".",
-            label="one flow, by weights",
-        )
+
+    def bars(axis: Axes, name: str, **style: Any) -> None:
+        values, errors = zip(*(getattr(point, name) for point in points), strict=True)
+        axis.errorbar(temperatures, values, errors, **style)
+
+    for axis, curve in zip(axes, curves, strict=False):
+        axis.plot(fine, curve, color="grey", label="exact")
+    known = {"fmt": "s", "mfc": "none", "color": "grey", "label": "cluster Monte Carlo"}
+    bars(axes[3], "magnetisation_monte_carlo", **known)
+    for axis, name, title in zip(axes, panels, titles, strict=True):
+        bars(axis, name, fmt=".", label="one flow, by weights")
         axis.axvline(CRITICAL_TEMPERATURE, color="grey", linestyle=":", linewidth=1)
         axis.set(xlabel="temperature", title=f"{title}, per site")
     axes[0].legend(frameon=False)
@@ -164,21 +153,8 @@ def run(config: dict[str, Any], out: Path, overwrite: bool) -> list[Point]:
         "solver_steps": [piece.steps for piece in flow.pieces],
         "points": [asdict(point) for point in points],
     }
-    write_results(out, command(config), **figures)
+    write_results(out, **figures)
     return points
-
-
-def command(config: dict[str, Any]) -> str:
-    """The command of a run, but for its folder."""
-    low, high = config["between"]
-    words = f"python examples/ising_temperatures.py --length {config['length']}"
-    words += f" --between {low:g} {high:g}"
-    for name in ("minutes", "steps"):
-        words += f" --{name} {config[name]:g}" if config[name] else ""
-    words += f" --seed {config['seed']}"
-    for name, default in DEFAULTS.items():
-        words += f" --{name} {config[name]}" if config[name] != default else ""
-    return words
 
 
 def main(
@@ -194,18 +170,10 @@ def main(
         int | None, typer.Option(min=1, help="Training steps, for a reproducible end.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of weights and noise.")] = 0,
-    samples: Annotated[int, typer.Option(min=100, help="Drawn at each temperature.")] = DEFAULTS[
-        "samples"
-    ],
-    count: Annotated[
-        int, typer.Option(min=2, help="Temperatures to weigh the flow at.")
-    ] = DEFAULTS["count"],
-    degree: Annotated[int, typer.Option(min=1, help="Of the polynomials in T.")] = DEFAULTS[
-        "degree"
-    ],
-    pieces: Annotated[int, typer.Option(min=1, help="Monge-Ampère flows in a row.")] = DEFAULTS[
-        "pieces"
-    ],
+    samples: Annotated[int, typer.Option(min=100, help="Drawn at each temperature.")] = 4000,
+    count: Annotated[int, typer.Option(min=2, help="Temperatures to weigh the flow at.")] = 13,
+    degree: Annotated[int, typer.Option(min=1, help="Of the polynomials in T.")] = 6,
+    pieces: Annotated[int, typer.Option(min=1, help="Monge-Ampère flows in a row.")] = 6,
     overwrite: Annotated[bool, typer.Option(help="Begin anew in a folder with a run.")] = False,
 ) -> None:
     """Train one flow for a range of temperatures and draw what it knows of each."""

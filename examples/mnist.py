@@ -61,6 +61,7 @@ from nflows_mongeampere.examples.images import (
 from nflows_mongeampere.examples.networks import FromNormflows, GreyLevels
 from nflows_mongeampere.examples.pictures import draw_rows, mosaic, save_figure
 from nflows_mongeampere.examples.runs import (
+    command,
     one_line_errors,
     open_folder,
     peak_memory,
@@ -475,7 +476,7 @@ def run(
         steps=int(best["step"]),
         reconstruction_error=error,
         peak_memory_mb=peak_memory() - before,
-        command=command(config) + (f" --processes {processes}" if processes > 1 else ""),
+        command=command(),
         **figures,
     )
     write_json(out / "results.json", asdict(results))
@@ -486,18 +487,6 @@ def several(processes: int) -> dict[str, Any]:
     """Settings of training for processes that share each batch, with an equal part of the cores."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
     return {"accelerator": "cpu", "devices": processes, "strategy": "ddp"}
-
-
-def command(config: dict[str, Any]) -> str:
-    """The command of a run, but for its folders."""
-    budget = f"--minutes {config['minutes']:g}" if config["minutes"] else ""
-    budget += f" --steps {config['steps']}" if config["steps"] else ""
-    quick = f" --test-images {config['test_images']}" if config["test_images"] < 10_000 else ""
-    quick += f" --samples {config['samples']}" if config["samples"] != 64 else ""
-    return (
-        f"python examples/mnist.py --preset {config['preset']} {budget.strip()} "
-        f"--seed {config['seed']}{quick}"
-    )
 
 
 def main(

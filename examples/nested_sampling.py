@@ -194,7 +194,6 @@ def main(
             )
     write_results(
         out,
-        f"python examples/nested_sampling.py --live {live} --seeds {seeds}",
         exact=exact,
         runs=[asdict(run) for run in runs],
     )

@@ -25,7 +25,7 @@ from torch import Tensor
 from nflows_mongeampere import refined
 from nflows_mongeampere.convergence import converged
 from nflows_mongeampere.examples.hybrid_monte_carlo import HybridMonteCarlo
-from nflows_mongeampere.examples.runs import one_line_errors, open_folder, write_json
+from nflows_mongeampere.examples.runs import command, one_line_errors, open_folder, write_json
 from nflows_mongeampere.lattices import LatticeFlow, train
 from nflows_mongeampere.models import transports
 from nflows_mongeampere.targets import Phi4
@@ -170,7 +170,7 @@ def judge(
         two_point_double_steps=[mean.value for mean in finer_means[2:]],
         two_point_monte_carlo=known[2:],
         solver_steps=solver_steps,
-        command=command(config),
+        command=command(),
     )
 
 
@@ -186,21 +186,6 @@ def run(config: dict[str, Any], out: Path, overwrite: bool) -> Results:
     values = {"lambda" if k == "coupling" else k: v for k, v in asdict(results).items()}
     write_json(out / "results.json", values)
     return results
-
-
-def command(config: dict[str, Any]) -> str:
-    """The command of a run, but for its folder."""
-    words = [f"python examples/phi4.py --length {config['length']}"]
-    if config["lambda"] != COUPLINGS.get(config["length"]):
-        words.append(f"--lambda {config['lambda']:g}")
-    if config["minutes"]:
-        words.append(f"--minutes {config['minutes']:g}")
-    if config["steps"]:
-        words.append(f"--steps {config['steps']}")
-    words.append(f"--seed {config['seed']}")
-    if config["samples"] != SAMPLES:
-        words.append(f"--samples {config['samples']}")
-    return " ".join(words)
 
 
 def main(

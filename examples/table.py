@@ -177,7 +177,6 @@ def main(
     draw_corner(train, ours.sample(rows), out / "corner.png")
     write_results(
         out,
-        f"python examples/table.py --rows {rows}",
         models=found,
         solver_error=ours.solver_error_,
         cpu_seconds=round(time.process_time() - start, 1),

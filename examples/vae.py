@@ -309,7 +309,6 @@ def main(
     draw(first, test, out / "vae.png")
     write_results(
         out,
-        f"python examples/vae.py --seconds {seconds:g} --seeds {seeds}",
         scores=[asdict(s) for s in scores],
     )
     console.print(table(scores, seconds))

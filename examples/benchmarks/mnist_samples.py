@@ -24,7 +24,7 @@ from torch import Tensor
 
 from nflows_mongeampere.examples.images import load_labels, load_mnist
 from nflows_mongeampere.examples.pictures import draw_rows, save_figure
-from nflows_mongeampere.examples.runs import one_line_errors, read_results, write_json
+from nflows_mongeampere.examples.runs import command, one_line_errors, read_results, write_json
 from nflows_mongeampere.examples.verdict import (
     WHITE,
     Verdict,
@@ -118,8 +118,7 @@ def main(
     write_json(
         out / "samples_verdict.json",
         {
-            "command": "python examples/benchmarks/mnist_samples.py "
-            + " ".join(f"runs/{results['preset']}" for results, _ in found),
+            "command": command(),
             "classifier_accuracy": accuracy,
             "real": asdict(real),
             "each_pixel_from_another_digit": asdict(without_shape),

@@ -103,9 +103,7 @@ def main(
     for seed in track(range(seeds), "seeds", console=console):
         for name, layers in LAYERS.items():  # in turns, so that both see the same machine
             runs[name].append(train(layers, rates[name], seed))
-    write_results(
-        out, f"python examples/benchmarks/pipeline_swap.py --seeds {seeds}", rates=rates, runs=runs
-    )
+    write_results(out, rates=rates, runs=runs)
     titles = ["", "parameters", "learning rate", "test NLL, each seed", "time of a step"]
     shown = Table(*titles, title="Helix, test NLL in nats")
     unit = statistics.median(run["seconds"] for run in runs["RealNVP"])

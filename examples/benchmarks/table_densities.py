@@ -275,8 +275,7 @@ def main(
         if earlier and earlier["rows"] != rows:
             raise ValueError(f"--rows: {out} holds a run of --rows {earlier['rows']}")
     out.mkdir(parents=True, exist_ok=True)
-    command = "python examples/benchmarks/table_densities.py"
-    save = partial(write_results, out, command, rows=rows, tables=results)
+    save = partial(write_results, out, rows=rows, tables=results)
     with Progress(console=console) as progress:
         task = progress.add_task("tables", total=len(chosen) * splits)
         for split in range(first, first + splits):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,10 +48,25 @@ def write_json(path: Path, value: object) -> None:
     write(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def write_results(folder: Path, command: str, **figures: Any) -> None:
+def command() -> str:
+    """The command of this program as it was given, but for ``--out`` and ``--data-dir``."""
+    program, *given = sys.argv
+    parts = Path(program).resolve().parts
+    begin = max((i for i, part in enumerate(parts) if part == "examples"), default=-1)
+    words, rest = ["python", "/".join(parts[begin:])], iter(given)
+    for word in rest:
+        name, _, value = word.partition("=")
+        if name in ("--out", "--data-dir"):
+            value or next(rest, None)
+        elif name != "--overwrite":
+            words.append(word)
+    return shlex.join(words)
+
+
+def write_results(folder: Path, **figures: Any) -> None:
     """Write results.json: the command, what it ran on, and the figures."""
     machine = {"threads": torch.get_num_threads(), "cpu_count": os.cpu_count()}
-    write_json(folder / "results.json", {"command": command, **machine, **figures})
+    write_json(folder / "results.json", {"command": command(), **machine, **figures})
 
 
 @contextmanager
