@@ -78,10 +78,12 @@ def test_agrees_with_torchdyn(solver, direction):
     close(ours, theirs, 1e-5 if solver == "ieuler" else 1e-12 if solver in ORDERS else 1e-7)
 
 
-def test_leapfrog_is_that_of_torchdyn():
+@pytest.mark.parametrize("const", [1.0, 0.8])  # torchdyn's attribute, the γ of its formula
+def test_leapfrog_is_that_of_torchdyn(const):
     potential, x, _ = make("ridge")
     dynamics = potential.dynamics(x, None, 10**6)
     solver = AsynchronousLeapfrog(dtype=torch.float64)
+    solver.const = const
     with torch.no_grad():
         ours = Integrator(solver, 4).solve(dynamics, (0.0, 1.0), 1.0)[-1]
         # torchdyn has the batch first, and position and velocity side by side
@@ -89,6 +91,16 @@ def test_leapfrog_is_that_of_torchdyn():
         for t in torch.arange(4) / 4:
             state = solver.step(lambda t, y: dynamics.rate(t, y.T).T, state, t, 0.25)[1]
     close(ours, state.T.chunk(2)[0], 1e-12)
+    direction = torch.randn_like(x)
+
+    def loss(shift):
+        z, logabsdet = MongeAmpereTransform(potential, solver=solver)(x + shift * direction)
+        return z.sin().sum() + logabsdet.square().sum()
+
+    shift = x.new_zeros(()).requires_grad_()
+    slope = torch.autograd.grad(loss(shift), shift)[0]
+    with torch.no_grad():
+        close(slope, (loss(1e-5) - loss(-1e-5)) / 2e-5, 1e-7)
 
 
 @pytest.mark.parametrize("name", ["euler", "rk4", "dopri5", "alf"])
