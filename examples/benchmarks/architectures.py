@@ -1,4 +1,4 @@
-"""Flows of four libraries and OT-Flow on the same data, for the same training time each.
+"""Flows of five libraries on the same data, for the same training time each.
 
     python examples/benchmarks/architectures.py --out runs/rates --data-dir DIR --tune
     python examples/benchmarks/architectures.py --out runs/architectures --data-dir DIR

@@ -1,4 +1,4 @@
-"""The pictures of the comparison: densities and samples of toys, samples of images."""
+"""The pictures of the comparison: densities of toys, samples of images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from comparison_cells import GRID, SIDE, Figures, grid, read_arrays
+from comparison_cells import GRID, Figures, grid, read_arrays
 from densities import Data
 from flows import FLOWS
 from nflows_mongeampere.examples.pictures import draw_rows, save_figure
@@ -24,31 +24,26 @@ def label(flow: str) -> str:
 
 
 def draw_toys(out: Path, data: dict[str, Data], figures: list[Figures], path: Path) -> None:
-    """A row for each flow, and for each toy its density and its samples side by side."""
+    """The density of each toy, and below it those of the flows."""
     flows = list(dict.fromkeys(f.flow for f in figures if f.data in data))
     seeds = {(f.data, f.flow): f.seed for f in reversed(figures)}
-    size = (2.1 * len(data) + 1.4, 1.05 * (len(flows) + 1) + 0.3)
+    size = (1.05 * len(data) + 1.4, 1.05 * (len(flows) + 1) + 0.3)
     tight = ConstrainedLayoutEngine(w_pad=0.01, h_pad=0.01, wspace=0.01, hspace=0.01)
     figure = plt.figure(figsize=size, layout=tight)
-    axes: Any = figure.subplots(len(flows) + 1, 2 * len(data), squeeze=False)
+    axes: Any = figure.subplots(len(flows) + 1, len(data), squeeze=False)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[], aspect="equal")
         axis.spines[:].set_visible(False)
     for column, (name, each) in enumerate(data.items()):
         assert each.toy is not None
-        density = each.toy.log_prob(grid()).exp().view(GRID, GRID).numpy()
-        top = np.quantile(density, 0.995)
-        truth = {"density": density, "samples": each.test[:1000].numpy()}
+        truth = each.toy.log_prob(grid()).exp().view(GRID, GRID).numpy()
         entries = [read_arrays(out, name, f, seeds.get((name, f), 0)) for f in flows]
-        for line, found in enumerate([truth, *entries]):
-            if not found:
-                continue
-            left, right = axes[line, 2 * column : 2 * column + 2]
-            box = (-SIDE, SIDE, -SIDE, SIDE)
-            left.imshow(found["density"], origin="lower", extent=box, vmin=0, vmax=top)
-            right.scatter(*found["samples"][:1000].T, s=0.3, color="black", linewidths=0)
-            right.set(xlim=box[:2], ylim=box[2:])
-        axes[0, 2 * column].set_title(name, loc="left", fontsize=9)
+        for line, density in enumerate([truth, *(found.get("density") for found in entries)]):
+            if density is not None:
+                axes[line, column].imshow(
+                    density, origin="lower", vmin=0, vmax=np.quantile(truth, 0.995)
+                )
+        axes[0, column].set_title(name, fontsize=9)
     for line, text in enumerate(["the data", *map(label, flows)]):
         axes[line, 0].set_ylabel(text, rotation=0, ha="right", va="center", fontsize=8)
     save_figure(figure, path)

@@ -1,4 +1,4 @@
-"""The page of the comparison: a table for each data set, and the figures of every cell."""
+"""The page of the comparison: all toys at a glance, a table for each data set, every cell."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ COLUMNS = (
 )
 
 HEAD = """\
-Flows of four libraries and OT-Flow, trained by maximum likelihood, each on one thread for the same
+Flows of five libraries, trained by maximum likelihood, each on one thread for the same
 time of the processor, by the same harness ({CPU}, torch
 {torch}). All times are seconds of the processor. Learning rates were chosen by validation, for each
 flow on each data set out of the same list (`--tune`). Flows of nflows are behind a trained linear
@@ -54,8 +54,11 @@ steps or tolerances that the figures do not depend on, with the exact trace up t
 Hutchinson's unbiased estimate above. Every cell is in
 [`architectures.csv`](architectures/architectures.csv)."""
 
+OVERVIEW = """\
+Test NLL in nats, mean (smallest to largest of the seeds); best flow on average first."""
+
 PICTURE_HEAD = """\
-Densities and samples of the first seed; white is where a density is no number. The picture of a
+Densities of the first seed; white is where one is no number. The picture of a
 flower is flickr.com/photos/vultilion/6056698931, CC BY 2.0, as scikit-learn brings it along."""
 
 
@@ -142,16 +145,64 @@ def row(flow: str, runs: list[Figures], own: Standing | None, first: Standing | 
     return f"| {' | '.join(cells)} |"
 
 
-def table(out: Path, name: str, figures: list[Figures], data: Data) -> list[str]:
-    """The section of a data set: its flows, best first, and above them what nothing can beat."""
+def by_flow(figures: list[Figures]) -> dict[str, list[Figures]]:
+    """The runs of each flow."""
     runs: dict[str, list[Figures]] = {}
     for each in figures:
         runs.setdefault(each.flow, []).append(each)
-    standings = {flow: standing(out, found) for flow, found in runs.items()}
-    judged = {flow: each for flow, each in standings.items() if each is not None}
-    flows = sorted(judged, key=lambda flow: judged[flow].nll)
-    first = judged[flows[0]] if flows else None
-    flows += [flow for flow in runs if flow not in judged]
+    return runs
+
+
+def judge(out: Path, runs: dict[str, list[Figures]]) -> dict[str, Standing]:
+    """Where the flows of one data set stand, those that came to a test, best first."""
+    found = {flow: standing(out, each) for flow, each in runs.items()}
+    judged = {flow: each for flow, each in found.items() if each is not None}
+    return dict(sorted(judged.items(), key=lambda item: item[1].nll))
+
+
+def overview(out: Path, figures: list[Figures], data: dict[str, Data]) -> list[str]:
+    """Every flow on all toys: mean test NLL, smallest to largest of the seeds, best flow first."""
+    judged = {name: judge(out, by_flow([f for f in figures if f.data == name])) for name in data}
+    runs = by_flow([f for f in figures if f.data in data])
+
+    def distance(flow: str) -> float:
+        """How far it is behind, on average; a toy that it has not been tried on counts most."""
+        return statistics.fmean(
+            each[flow].nll - next(iter(each.values())).nll if flow in each else math.inf
+            for each in judged.values()
+        )
+
+    lines = [
+        f"| flow | parameters | steps | {' | '.join(data)} |",
+        "|---" + "|---:" * (len(data) + 2),
+    ]
+    lines[-1] += "|"
+    best = [f"{-d.toy.log_prob(d.test).mean():.3f}" for d in data.values() if d.toy is not None]
+    lines.append(f"| *the density of the data* | | | {' | '.join(best)} |")
+    for flow in sorted(runs, key=distance):
+        steps = [each.steps for each in runs[flow]]
+        parameters = max(each.parameters for each in runs[flow])
+        cells = [FLOWS[flow].title, f"{parameters:,}", f"{min(steps):,}-{max(steps):,}"]
+        for each in judged.values():
+            own, first = each.get(flow), next(iter(each.values()), None)
+            if own is None or first is None:
+                cells.append("failed")
+                continue
+            low, high = own.means.min(), own.means.max()
+            cells.append(f"{own.nll:.3f} ({low:.3f}-{high:.3f})")
+            difference, uncertainty = own.behind(first)
+            if own is first or difference <= uncertainty:
+                cells[-1] = f"**{cells[-1]}**"
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def table(out: Path, name: str, figures: list[Figures], data: Data) -> list[str]:
+    """The section of a data set: its flows, best first, and above them what nothing can beat."""
+    runs = by_flow(figures)
+    judged = judge(out, runs)
+    first = next(iter(judged.values()), None)
+    flows = [*judged, *(flow for flow in runs if flow not in judged)]
 
     seeds = sorted({r.seed for r in figures})
     lines = [f"## {name}", "", f"NLL in {data.unit}; {len(seeds)} seed{'s'[: len(seeds) - 1]}, "]
@@ -164,7 +215,7 @@ def table(out: Path, name: str, figures: list[Figures], data: Data) -> list[str]
         error = best.std().item() / math.sqrt(len(best))
         blank = " |" * (len(COLUMNS) - 3)
         lines.append(f"| *the density of the data* | {best.mean():.3f} | {error:.3f} |{blank}")
-    return [*lines, *(row(flow, runs[flow], standings[flow], first) for flow in flows), ""]
+    return [*lines, *(row(flow, runs[flow], judged.get(flow), first) for flow in flows), ""]
 
 
 def report(out: Path, data_dir: Path | None) -> None:
@@ -183,8 +234,10 @@ def report(out: Path, data_dir: Path | None) -> None:
     lines = ["# Architectures", "", HEAD.format(**environment()), ""]
     toys = [name for name in names if name in TOYS]
     if toys:
-        draw_toys(out, {name: data[name] for name in toys}, figures, folder / "toys.png")
-        lines += [PICTURE_HEAD, "", f"![Densities and samples]({folder.name}/toys.png)", ""]
+        plane = {name: data[name] for name in toys}
+        draw_toys(out, plane, figures, folder / "toys.png")
+        lines += ["## All toys", "", OVERVIEW, "", *overview(out, figures, plane), ""]
+        lines += [PICTURE_HEAD, "", f"![Densities]({folder.name}/toys.png)", ""]
     for name in names:
         lines += table(out, name, [f for f in figures if f.data == name], data[name])
         if data[name].to_picture is not None:
