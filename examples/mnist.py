@@ -35,6 +35,7 @@ from nflows.transforms import (
     RandomPermutation,
     Transform,
 )
+from pytorch_optimizer import Muon
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -107,6 +108,9 @@ class Preset:
         clip: largest norm of the gradient.
         solver_tolerance: nats, above which training takes more of the solver's steps.
         linear_rate: learning rate of linear transforms, relative to the rest.
+        kernel_rate: learning rate of the kernels within networks, which Muon turns; None leaves
+            them to Adam, as the rest.
+        precision: of the networks in training, as Lightning calls it; flows keep theirs.
     """
 
     build: Callable[[Tensor], list[Transform]]
@@ -118,6 +122,8 @@ class Preset:
     clip: float | None = 200.0
     solver_tolerance: float = 0.5
     linear_rate: float = 1.0
+    kernel_rate: float | None = None
+    precision: str = "32-true"
 
 
 def paper(levels: Tensor) -> list[Transform]:
@@ -186,7 +192,7 @@ def multiscale(width: int, blocks: int, ridges: int, maps: int, levels: Tensor) 
         hidden_features=ridges,
         context_channels=maps,
         stiffness=10.0,
-        steps=4,
+        steps=3,
     )
     return [Pixels(MARGIN), *before, AsImages((1, SIDE, SIDE)), scales]
 
@@ -253,19 +259,29 @@ PRESETS = {
     "whitened": Preset(
         whitened_multiscale,
         6e-3,
-        batch_size=100,
         interval=250,
         linear_rate=0.02,
+        kernel_rate=0.05,
         solver_tolerance=0.3,
     ),
     "convolutional": Preset(
         convolutional, 2e-2, interval=200, linear_rate=0.02, solver_tolerance=2.0
     ),
     "stacked": Preset(
-        partial(multiscale, 64, 2, 16, 16), 6e-3, batch_size=100, interval=500, solver_tolerance=0.3
+        partial(multiscale, 64, 2, 16, 16),
+        6e-3,
+        interval=500,
+        kernel_rate=0.05,
+        precision="bf16-mixed",
+        solver_tolerance=0.2,
     ),
     "deep": Preset(
-        partial(multiscale, 96, 4, 24, 24), 3e-3, batch_size=100, interval=500, solver_tolerance=0.3
+        partial(multiscale, 96, 4, 24, 24),
+        3e-3,
+        interval=500,
+        kernel_rate=0.05,
+        precision="bf16-mixed",
+        solver_tolerance=0.2,
     ),
     "whitened-spline": Preset(whitened_spline, 5e-4, linear_rate=0.1),
     "glow": Preset(glow, 1e-3),
@@ -289,23 +305,32 @@ def images_through(before: list[Transform], levels: Tensor) -> Tensor:
 
 
 def make_optimizer(preset: Preset, flow: nn.Module) -> torch.optim.Optimizer:
-    """Adam, with learning rates of their own for linear transforms and for slopes at pixels."""
+    """Adam, with learning rates of their own for linear transforms and slopes; Muon for kernels.
+
+    Muon (K. Jordan et al., https://kellerjordan.github.io/posts/muon) takes steps along orthogonal
+    matrices.
+    """
     layers = [module for module in flow.modules() if isinstance(module, LULinear)]
     linear = [parameter for layer in layers for parameter in layer.parameters()]
     slopes = [m.weight for m in flow.modules() if isinstance(m, PixelwisePotential)]
-    known = set(map(id, [*linear, *slopes]))
+    networks = [m for m in flow.modules() if isinstance(m, PixelNetwork)]
+    kernels = [p for m in networks for p in m.blocks.parameters() if p.dim() > 1]
+    kernels = kernels if preset.kernel_rate else []
+    known = set(map(id, [*linear, *slopes, *kernels]))
     rest = [p for p in flow.parameters() if p.requires_grad and id(p) not in known]
-    groups = [
-        {"params": rest, "lr": preset.learning_rate},
-        {"params": linear, "lr": preset.learning_rate * preset.linear_rate},
+    betas = (0.9, 0.99) if preset.anneal else (0.9, 0.999)
+    settings: dict[str, Any] = {"weight_decay": preset.weight_decay, "betas": betas}
+    groups: list[dict[str, Any]] = [
+        {"params": rest, "lr": preset.learning_rate, **settings},
+        {"params": linear, "lr": preset.learning_rate * preset.linear_rate, **settings},
         # the slopes would sharpen until the solver misses what they do
-        {"params": slopes, "lr": preset.learning_rate * 0.1},
+        {"params": slopes, "lr": preset.learning_rate * 0.1, **settings},
     ]
-    return torch.optim.Adam(
-        [group for group in groups if group["params"]],
-        weight_decay=preset.weight_decay,
-        betas=(0.9, 0.99) if preset.anneal else (0.9, 0.999),
-    )
+    groups = [group for group in groups if group["params"]]
+    if not kernels:
+        return torch.optim.Adam(groups)
+    groups = [{**group, "use_muon": False} for group in groups]
+    return Muon([*groups, {"params": kernels, "lr": preset.kernel_rate, "use_muon": True}])
 
 
 @dataclass(frozen=True)
@@ -453,6 +478,7 @@ def run(
         name=config["preset"],
         callbacks=[SolverGuard(preset.solver_tolerance)],
         gradient_clip_val=preset.clip,
+        precision=preset.precision,
         **(several(processes) if processes > 1 else {}),
     )
     if int(os.environ.get("LOCAL_RANK", 0)) > 0:

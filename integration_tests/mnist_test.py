@@ -157,6 +157,16 @@ def test_options_are_checked(arguments, message, data_dir, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("name", ["fast", "whitened", "stacked"])
+def test_every_parameter_has_one_learning_rate(name, data_dir):
+    preset = mnist.PRESETS[name]
+    flow = CompositeTransform(preset.build(images.load_mnist(data_dir).train[:2000]))
+    groups = mnist.make_optimizer(preset, flow).param_groups
+    held = [id(p) for group in groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in flow.parameters() if p.requires_grad)
+    assert {group["lr"] for group in groups} > {preset.learning_rate}
+
+
 def damaged(kind: str, good: Path, folder: Path) -> None:
     """A folder whose training images are damaged in some way."""
     name, test = images.MNIST_FILES
