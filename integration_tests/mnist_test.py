@@ -143,6 +143,7 @@ def test_a_convolutional_flow_starts_at_the_gaussian_copula(data_dir):
     ("arguments", "message"),
     [
         (["--preset", "slow"], "--preset: got 'slow', expected one of paper, fast"),
+        (["--data", "cifar"], "--data: got 'cifar', expected one of mnist, patches"),
         (["--steps", "0"], "--steps"),
         (["--minutes", "-1"], "--minutes"),
         (["--seed", "-1"], "--seed"),
@@ -155,6 +156,15 @@ def test_options_are_checked(arguments, message, data_dir, tmp_path):
     assert message in done.stderr.replace("\n", " ")
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_photographs_are_a_second_set_of_images(tmp_path):
+    arguments = ["--preset", "stacked", "--data", "patches", "--steps", 2]
+    done = call("mnist.py", *arguments, "--out", tmp_path / "run", *QUICK)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert abs(results["nll"] - results["nll_double_steps"]) < 0.05
+    assert results["reconstruction_error"] < 1
 
 
 @pytest.mark.parametrize("name", ["fast", "whitened", "stacked"])
