@@ -250,10 +250,10 @@ class MongeAmpereDensity(DensityMixin, BaseEstimator):
         if held_out > 0.5:
             raise ValueError(f"validation_fraction: got {held_out:g}, expected at most 0.5")
         return _Settings(
-            None if hidden is None else validation.integer("hidden_features", hidden),
-            None if parts is None else validation.integer("components", parts),
+            validation.optional_integer("hidden_features", hidden),
+            validation.optional_integer("components", parts),
             held_out,
-            None if most is None else validation.integer("max_iter", most, minimum=0),
+            validation.optional_integer("max_iter", most, minimum=0),
             validation.positive("learning_rate", self.learning_rate),
             validation.number("weight_decay", self.weight_decay, minimum=0),
             validation.positive("tolerance", self.tolerance),

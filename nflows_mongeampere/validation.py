@@ -66,6 +66,11 @@ def integer(name: str, value: object, *, minimum: int = 1) -> int:
     return number
 
 
+def optional_integer(name: str, value: object, *, minimum: int = 1) -> int | None:
+    """Return ``value`` if it is None or an integer that is at least ``minimum``."""
+    return None if value is None else integer(name, value, minimum=minimum)
+
+
 def divisor(name: str, value: object, whole_name: str, whole: int) -> int:
     """Return ``value`` if it is an integer that divides ``whole``, another argument."""
     part = integer(name, value)

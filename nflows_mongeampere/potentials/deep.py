@@ -88,10 +88,8 @@ class DeepPotential(ClosedFormPotential):
         self.hidden_features = [validation.integer("hidden_features", width) for width in widths]
         if not self.hidden_features:
             raise ValueError("hidden_features: got no layers, expected at least one width")
-        self.rank = rank if rank is None else validation.integer("rank", rank)
-        if context_features is not None:
-            context_features = validation.integer("context_features", context_features)
-        self.context_features = context_features
+        self.rank = validation.optional_integer("rank", rank)
+        self.context_features = validation.optional_integer("context_features", context_features)
         self.time_dependent = bool(time_dependent)
         self.modes = number_of_modes(modes, self.time_dependent)
         self.activation = validation.choice("activation", activation, ACTIVATIONS)

@@ -105,9 +105,7 @@ class GroupedPotential(ClosedFormPotential):
         if rank is None:
             rank = min(10, self.features)
         self.rank = validation.integer("rank", rank, minimum=0)
-        if context_features is not None:
-            context_features = validation.integer("context_features", context_features)
-        self.context_features = context_features
+        self.context_features = validation.optional_integer("context_features", context_features)
         self.time_dependent = bool(time_dependent)
         self.modes = number_of_modes(modes, self.time_dependent)
         self.activation = validation.choice("activation", activation, ACTIVATIONS)

@@ -99,9 +99,7 @@ class LatticePotential(ClosedFormPotential):
         self.powers = validation.integer("powers", powers)
         self.even = validation.boolean("even", even)
         self.group = lattice_group(self.frame, group)
-        if context_features is not None:
-            context_features = validation.integer("context_features", context_features)
-        self.context_features = context_features
+        self.context_features = validation.optional_integer("context_features", context_features)
         functions = self.powers if self.even else 2 * self.powers
         self.weight = nn.Parameter(torch.empty(self.kernels, math.prod(self.frame)))
         self.amplitude = nn.Parameter(torch.empty(functions, self.kernels))

@@ -92,10 +92,9 @@ class PixelwisePotential(ClosedFormPotential):
         self.shape = channels, height, width = validation.shape("shape", shape, 3)
         self.hidden_features = hidden = validation.integer("hidden_features", hidden_features)
         self.features = channels * height * width
+        self.context_channels = validation.optional_integer("context_channels", context_channels)
         if context_channels is not None:
-            context_channels = validation.integer("context_channels", context_channels)
             self.context_features = context_channels * height * width
-        self.context_channels = context_channels
         self.activation = validation.choice("activation", activation, ACTIVATIONS)
         self.stiffness = validation.positive("stiffness", stiffness)
         self.weight = nn.Parameter(torch.empty(hidden, channels))

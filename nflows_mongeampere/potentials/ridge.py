@@ -73,9 +73,7 @@ class RidgePotential(ClosedFormPotential):
         super().__init__()
         self.features = validation.integer("features", features)
         self.hidden_features = hidden = validation.integer("hidden_features", hidden_features)
-        if context_features is not None:
-            context_features = validation.integer("context_features", context_features)
-        self.context_features = context_features
+        self.context_features = validation.optional_integer("context_features", context_features)
         self.time_dependent = bool(time_dependent)
         self.activation = validation.choice("activation", activation, ACTIVATIONS)
         self.weight = nn.Parameter(torch.empty(hidden, self.features))

@@ -100,7 +100,7 @@ class Objective(lightning.LightningModule):
             raise ValueError("steps: got neither steps nor minutes, expected a budget for training")
         self.flow = flow
         self.learning_rate = validation.positive("learning_rate", learning_rate)
-        self.steps = None if steps is None else validation.integer("steps", steps)
+        self.steps = validation.optional_integer("steps", steps)
         self.minutes = None if minutes is None else validation.positive("minutes", minutes)
         self.warmup_steps = validation.integer("warmup_steps", warmup_steps, minimum=0)
         self.anneal = validation.boolean("anneal", anneal)
