@@ -17,6 +17,7 @@ from nflows_mongeampere.conftest import (
     ridge,
 )
 from nflows_mongeampere.normflows import MongeAmpere
+from nflows_mongeampere.potentials import Potential
 from nflows_mongeampere.potentials.ridges import ReducedDynamics
 
 OPTIONAL = {"allow_unused": True, "materialize_grads": True}
@@ -110,6 +111,29 @@ def test_context_alone_and_inputs_alone():
         for i in (0, -1):
             found = torch.autograd.grad(loss(), leaves[i])[0]
             close(found, expected[i], 1e-13)
+
+
+class Steady(Potential):
+    """The same field everywhere, of nothing that autograd knows."""
+
+    features = 2
+
+    def _value(self, x, t, context):
+        return x.sum(1)
+
+    def _gradient(self, x, t, context):
+        return torch.ones_like(x)
+
+    def _laplacian(self, x, t, context):
+        return x.new_zeros(len(x))
+
+
+@pytest.mark.parametrize("sensitivity", ["autograd", "recompute"])
+def test_a_field_that_depends_on_nothing_passes_gradients_on(sensitivity):
+    x = torch.randn(3, 2).requires_grad_()
+    z, _ = MongeAmpereTransform(Steady(), sensitivity=sensitivity)(x)
+    (gradient,) = torch.autograd.grad(z.sin().sum(), x)
+    close(gradient, z.detach().cos(), 1e-6)
 
 
 @pytest.mark.parametrize("sensitivity", ["autograd", "recompute"])
