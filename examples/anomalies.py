@@ -40,7 +40,8 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.nn import functional as F
 
-from mnist import FEATURES, GREYS, LEVELS, MARGIN, PRESETS, SIDE, logits, losses
+from mnist import GREYS, losses
+from mnist_flows import FEATURES, LEVELS, MARGIN, PRESETS, SIDE, logits
 from nflows_mongeampere import refined
 from nflows_mongeampere.examples.images import Pixels, load_mnist
 from nflows_mongeampere.examples.pictures import draw_rows, save_figure

@@ -17,7 +17,7 @@ from nflows.transforms import CompositeTransform, PiecewiseLinearCDF
 from sklearn.datasets import load_digits
 from torch.distributions import MultivariateNormal
 
-import mnist
+import mnist_flows
 from nflows_mongeampere.examples import images
 from programs import call, start
 
@@ -127,12 +127,12 @@ def test_a_convolutional_flow_starts_at_the_gaussian_copula(data_dir):
     generator = torch.Generator().manual_seed(0)
     levels = images.load_mnist(data_dir).train[:3000].int()
     levels = (levels + torch.randint(0, 60, levels.shape, generator=generator)).clamp(max=255)
-    flow = Flow(CompositeTransform(mnist.convolutional(levels)), StandardNormal([784]))
-    y = mnist.logits(levels[:200], generator)
+    flow = Flow(CompositeTransform(mnist_flows.convolutional(levels)), StandardNormal([784]))
+    y = mnist_flows.logits(levels[:200], generator)
     with torch.no_grad():
         found = flow.log_prob(y)
-        before = CompositeTransform(mnist.convolutional(levels)[:3])
-        z = before(mnist.logits(levels, torch.Generator().manual_seed(0)))[0].double()
+        before = CompositeTransform(mnist_flows.convolutional(levels)[:3])
+        z = before(mnist_flows.logits(levels, torch.Generator().manual_seed(0)))[0].double()
         points, logabsdet = before(y)
         copula = MultivariateNormal(z.mean(0), torch.cov(z.T))
         expected = copula.log_prob(points.double()) + logabsdet
@@ -169,9 +169,9 @@ def test_photographs_are_a_second_set_of_images(tmp_path):
 
 @pytest.mark.parametrize("name", ["fast", "whitened", "stacked"])
 def test_every_parameter_has_one_learning_rate(name, data_dir):
-    preset = mnist.PRESETS[name]
+    preset = mnist_flows.PRESETS[name]
     flow = CompositeTransform(preset.build(images.load_mnist(data_dir).train[:2000]))
-    groups = mnist.make_optimizer(preset, flow).param_groups
+    groups = mnist_flows.make_optimizer(preset, flow).param_groups
     held = [id(p) for group in groups for p in group["params"]]
     assert sorted(held) == sorted(id(p) for p in flow.parameters() if p.requires_grad)
     assert {group["lr"] for group in groups} > {preset.learning_rate}
