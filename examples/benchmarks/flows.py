@@ -630,7 +630,7 @@ FLOWS = {
     ),
     "network": Architecture("Monge-Ampère, network", network, NETWORKS),
     "ot-flow": Architecture("OT-Flow", partial(ot_flow, OTFlow), {2: 32, 64: 64}),
-    "torchflows": Architecture("torchflows OT-Flow", partial(ot_flow, Torchflows), {2: 32, 64: 64}),
+    "torchflows": Architecture("torchflows OT-Flow", partial(ot_flow, Torchflows), {2: 32}),
     "realnvp": Architecture("nflows RealNVP", behind_linear(realnvp), NETWORKS),
     "maf": Architecture("nflows MAF", behind_linear(maf), NETWORKS),
     "spline-coupling": Architecture("nflows RQ coupling", behind_linear(spline_coupling), NETWORKS),
