@@ -58,6 +58,6 @@ def draw_images(out: Path, name: str, data: Data, figures: list[Figures], path: 
         found = read_arrays(out, name, each.flow, each.seed)
         if each.data == name and found and title not in dict(rows):
             rows.append((title, torch.from_numpy(found["samples"])))
-    figure = plt.figure(figsize=(8, 0.66 * len(rows)), layout="constrained")
+    figure = plt.figure(figsize=(8, 0.66 * len(rows)), layout="compressed")
     draw_rows(figure, rows, math.isqrt(data.features), {"cmap": "gray_r", "vmin": 0, "vmax": 1})
     save_figure(figure, path)
