@@ -219,7 +219,6 @@ PRESETS = {
         6e-3,
         interval=250,
         linear_rate=0.02,
-        kernel_rate=0.05,
         solver_tolerance=0.3,
     ),
     "convolutional": Preset(
