@@ -172,4 +172,8 @@ def test_rate_of_the_laplacian(name):
     dynamics = FieldDynamics(potential._field(x), x, context)
     with torch.device("meta"):  # a default that must not matter
         rate = dynamics._laplacian_rate(x, 0.7, context, velocity)
+        in_func, _ = torch.func.jvp(
+            lambda x: dynamics._laplacian_rate(x, 0.7, context, velocity), (x,), (velocity,)
+        )
     close(rate.detach(), (after - before) / (2 * eps), 1e-6)
+    close(in_func.detach(), rate.detach(), 1e-10)

@@ -42,7 +42,10 @@ def problem(name, **options):
 
 @pytest.mark.parametrize(
     ("name", "solver", "sensitivity"),
-    every_pair(POTENTIALS, [*FIXED, *ADAPTIVE], ["autograd", "recompute"]),
+    [
+        *every_pair(POTENTIALS, [*FIXED, *ADAPTIVE], ["autograd", "recompute"]),
+        ("ridge-all", "alf", "recompute"),  # whose start is evaluated once more, at its time
+    ],
 )
 def test_by_hand_is_by_autograd(name, solver, sensitivity):
     """With create_graph=True autograd goes through every stage."""
