@@ -439,6 +439,8 @@ def test_run_ranks_by_differences_on_the_same_points(run):
     own = math.sqrt(losses[first].mean(0).var(ddof=1) / 10_000 + seeds[first])
     nll, title = losses[first].mean(), flows.FLOWS[first].title
     assert f"| **{title}** | **{nll:.3f}** | {own:.3f} |  |" in page
+    spread = 500 * abs(float(np.diff(losses[first].mean(1))[0]))  # half of it, in thousandths
+    assert f"| **{nll:.3f}({spread:.0f})** |" in page
     difference = (losses[second] - losses[first]).mean(0)
     error = math.sqrt(difference.var(ddof=1) / 10_000 + sum(seeds.values()))
     assert f"| {difference.mean():.3f} ± {error:.3f} |" in page

@@ -55,7 +55,8 @@ Hutchinson's unbiased estimate above. Every cell is in
 [`architectures.csv`](architectures/architectures.csv)."""
 
 OVERVIEW = """\
-Test NLL in nats, mean (smallest to largest of the seeds); best flow on average first."""
+Test NLL in nats, in brackets half the range of the seeds in units of the last digit; best flow on
+average first."""
 
 PICTURE_HEAD = """\
 Densities of the first seed; white is where one is no number. The picture of a
@@ -161,7 +162,7 @@ def judge(out: Path, runs: dict[str, list[Figures]]) -> dict[str, Standing]:
 
 
 def overview(out: Path, figures: list[Figures], data: dict[str, Data]) -> list[str]:
-    """Every flow on all toys: mean test NLL, smallest to largest of the seeds, best flow first."""
+    """Every flow on all toys: mean test NLL, half the range of the seeds, best flow first."""
     judged = {name: judge(out, by_flow([f for f in figures if f.data == name])) for name in data}
     runs = by_flow([f for f in figures if f.data in data])
 
@@ -188,8 +189,7 @@ def overview(out: Path, figures: list[Figures], data: dict[str, Data]) -> list[s
             if own is None or first is None:
                 cells.append("failed")
                 continue
-            low, high = own.means.min(), own.means.max()
-            cells.append(f"{own.nll:.3f} ({low:.3f}-{high:.3f})")
+            cells.append(f"{own.nll:.3f}({500 * np.ptp(own.means):.0f})")
             difference, uncertainty = own.behind(first)
             if own is first or difference <= uncertainty:
                 cells[-1] = f"**{cells[-1]}**"
