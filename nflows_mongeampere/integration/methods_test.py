@@ -116,6 +116,18 @@ def test_instances_are_their_names(name):
         assert torch.equal(ours, theirs)
 
 
+def test_a_tableau_that_was_changed_is_taken_as_it_is():
+    """With Euler's weights the classical method is Euler's."""
+    potential, x, context = make("ridge-all")
+    solver = RungeKutta4(dtype=torch.float64)
+    c, a, b, error = solver.tableau
+    solver.tableau = (c, a, torch.eye(4, dtype=b.dtype)[0], error)
+    changed = MongeAmpereTransform(potential, solver=solver, steps=3)(x, context)
+    euler = MongeAmpereTransform(potential, solver="euler", steps=3)(x, context)
+    for ours, theirs in zip(changed, euler, strict=True):
+        close(ours, theirs, 1e-12)
+
+
 class Heun(SolverTemplate):
     """A solver that torchdyn does not have, with an estimate of its error."""
 
