@@ -292,6 +292,7 @@ class LatticeFlow(Flow):
             if mine is not None:
                 mine.copy_(learnt)
         for piece, learnt in zip(self.pieces, smaller.pieces, strict=True):
+            piece.steps = learnt.steps  # with fewer, training would begin by living off its solver
             mine, other = piece.potential, learnt.potential
             assert isinstance(mine, LatticePotential)
             assert isinstance(other, LatticePotential)

@@ -164,11 +164,13 @@ def test_what_a_smaller_lattice_has_learnt_is_the_same_potential():
     for piece in small.pieces:
         kernel = piece.potential.weight.detach().view(-1, 6, 6)
         kernel[:, 3], kernel[:, :, 3] = 0, 0  # halfway round, where left and right meet
+        piece.steps = 3
     large.adopt(small, torch.zeros(1, 6, 6, dtype=torch.float64))
     x = torch.randn(2, 6, 6, dtype=torch.float64)
     for mine, other in zip(large.pieces, small.pieces, strict=True):
         tiled = mine.potential(x.repeat(1, 2, 2).flatten(1))
         torch.testing.assert_close(tiled, 4 * other.potential(x.flatten(1)))
+        assert mine.steps == 3  # an optimiser that met fewer would begin by living off them
 
 
 @pytest.mark.parametrize("even", [True, False])
