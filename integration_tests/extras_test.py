@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 tomllib = pytest.importorskip("tomllib")  # Python 3.11
 
@@ -22,11 +23,11 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 def modules_of(requirements):
     """The modules that a list of requirements installs."""
-    names = {Requirement(line).name.lower() for line in requirements}
+    names = {canonicalize_name(Requirement(line).name) for line in requirements}
     return {
         module
         for module, distributions in packages_distributions().items()
-        if names & {name.lower() for name in distributions}
+        if names & set(map(canonicalize_name, distributions))
     }
 
 
