@@ -116,9 +116,14 @@ def couplings(levels: Tensor) -> list[Transform]:
     return layers
 
 
+def normal_marginals(levels: Tensor) -> list[Transform]:
+    """Each pixel by itself made normal."""
+    return [Pixels(MARGIN), Marginals(levels, LEVELS), Quantile()]
+
+
 def convolutional(levels: Tensor) -> list[Transform]:
     """Marginals made normal, then potentials of neighbouring pixels, then a linear transform."""
-    before = [Pixels(MARGIN), Marginals(levels, LEVELS), Quantile()]
+    before = normal_marginals(levels)
     flows = [
         MongeAmpereTransform(ConvolutionalPotential((1, SIDE, SIDE), 16), steps=2) for _ in range(2)
     ]
@@ -185,13 +190,13 @@ def spline() -> Transform:
 
 def whitened_spline(levels: Tensor) -> list[Transform]:
     """Marginals made normal, a linear transform that whitens them, then splines."""
-    before = [Pixels(MARGIN), Marginals(levels, LEVELS), Quantile()]
+    before = normal_marginals(levels)
     return [*before, whitening(images_through(before, levels)), spline()]
 
 
 def glow(levels: Tensor) -> list[Transform]:
     """Marginals made normal, then blocks of Glow on images squeezed once and twice."""
-    before = [Pixels(MARGIN), Marginals(levels, LEVELS), Quantile()]
+    before = normal_marginals(levels)
     flows: list[normflows.flows.Flow] = []
     for channels in (16, 4):  # from noise to data
         flows += [normflows.flows.GlowBlock(channels, 64, scale_map="exp") for _ in range(6)]
@@ -199,6 +204,9 @@ def glow(levels: Tensor) -> list[Transform]:
     return [*before, AsImages((1, SIDE, SIDE)), FromNormflows(flows, (16, 7, 7))]
 
 
+MULTISCALE = partial(
+    Preset, interval=500, kernel_rate=0.05, precision="bf16-mixed", solver_tolerance=0.2
+)
 PRESETS = {
     "paper": Preset(
         paper, 1e-3, interval=500, weight_decay=1e-3, anneal=False, clip=None, solver_tolerance=5.0
@@ -215,31 +223,13 @@ PRESETS = {
         couplings, 4e-3, batch_size=200, interval=200, solver_tolerance=1.5, linear_rate=0.02
     ),
     "whitened": Preset(
-        whitened_multiscale,
-        6e-3,
-        interval=250,
-        linear_rate=0.02,
-        solver_tolerance=0.3,
+        whitened_multiscale, 6e-3, interval=250, linear_rate=0.02, solver_tolerance=0.3
     ),
     "convolutional": Preset(
         convolutional, 2e-2, interval=200, linear_rate=0.02, solver_tolerance=2.0
     ),
-    "stacked": Preset(
-        partial(multiscale, 64, 2, 16, 16),
-        6e-3,
-        interval=500,
-        kernel_rate=0.05,
-        precision="bf16-mixed",
-        solver_tolerance=0.2,
-    ),
-    "deep": Preset(
-        partial(multiscale, 96, 4, 24, 24),
-        3e-3,
-        interval=500,
-        kernel_rate=0.05,
-        precision="bf16-mixed",
-        solver_tolerance=0.2,
-    ),
+    "stacked": MULTISCALE(partial(multiscale, 64, 2, 16, 16), 6e-3),
+    "deep": MULTISCALE(partial(multiscale, 96, 4, 24, 24), 3e-3),
     "whitened-spline": Preset(whitened_spline, 5e-4, linear_rate=0.1),
     "glow": Preset(glow, 1e-3),
     "realnvp": Preset(partial(behind_whitening, realnvp), 5e-4, linear_rate=0.1),

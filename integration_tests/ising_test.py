@@ -203,3 +203,4 @@ def test_an_antiferromagnet_in_a_field(tmp_path):
         results["spins"][name] for name in ("magnetisation", "magnetisation_monte_carlo")
     )
     assert abs(value - known) < 4 * math.hypot(error, known_error)
+    assert " --couplings -1 -0.5 --field 0.3 --temperature 2.0" in results["command"]

@@ -37,12 +37,11 @@ def draw_toys(out: Path, data: dict[str, Data], figures: list[Figures], path: Pa
     for column, (name, each) in enumerate(data.items()):
         assert each.toy is not None
         truth = each.toy.log_prob(grid()).exp().view(GRID, GRID).numpy()
+        top = np.quantile(truth, 0.995)
         entries = [read_arrays(out, name, f, seeds.get((name, f), 0)) for f in flows]
         for line, density in enumerate([truth, *(found.get("density") for found in entries)]):
             if density is not None:
-                axes[line, column].imshow(
-                    density, origin="lower", vmin=0, vmax=np.quantile(truth, 0.995)
-                )
+                axes[line, column].imshow(density, origin="lower", vmin=0, vmax=top)
         axes[0, column].set_title(name, fontsize=9)
     for line, text in enumerate(["the data", *map(label, flows)]):
         axes[line, 0].set_ylabel(text, rotation=0, ha="right", va="center", fontsize=8)

@@ -173,11 +173,8 @@ def overview(out: Path, figures: list[Figures], data: dict[str, Data]) -> list[s
             for each in judged.values()
         )
 
-    lines = [
-        f"| flow | parameters | steps | {' | '.join(data)} |",
-        "|---" + "|---:" * (len(data) + 2),
-    ]
-    lines[-1] += "|"
+    lines = [f"| flow | parameters | steps | {' | '.join(data)} |"]
+    lines.append("|---" + "|---:" * (len(data) + 2) + "|")
     best = [f"{-d.toy.log_prob(d.test).mean():.3f}" for d in data.values() if d.toy is not None]
     lines.append(f"| *the density of the data* | | | {' | '.join(best)} |")
     for flow in sorted(runs, key=distance):

@@ -52,6 +52,11 @@ FEW = 8
 Setting = TypeVar("Setting")
 
 
+def standard_normal(z: Tensor) -> Tensor:
+    """The log-density of rows of noise, shape (B,)."""
+    return -0.5 * (z.square().sum(1) + z.shape[1] * math.log(2 * math.pi))
+
+
 class Model(nn.Module):
     """What the benchmarks ask of a flow with a standard normal base, whatever its library.
 
@@ -257,8 +262,8 @@ class Torchflows(Model):
                 "this flow is torchflows', which is missing; install it with: "
                 'pip install "nflows-mongeampere[examples]"'
             ) from error
-        settings = {"hidden_size": hidden, "reg_transport_coef": transport}
-        settings |= {"reg_hjb_coef": residual}
+        penalties = {"reg_transport_coef": transport, "reg_hjb_coef": residual}
+        settings = {"hidden_size": hidden, **penalties}
         self.flow = OTFlowBijection((features,), time_derivative_kwargs=settings)
         self.steps = steps
 
@@ -268,8 +273,7 @@ class Torchflows(Model):
         """Noise, the log-density, and the integrals of the penalties."""
         options = {"step_size": 1 / self.steps}
         z, log_det, *costs = self.flow.forward(x, return_aux=penalties, options=options)
-        normal = -0.5 * (z.square().sum(1) + self.features * math.log(2 * math.pi))
-        return z, normal + log_det, costs
+        return z, standard_normal(z) + log_det, costs
 
     def log_prob(self, x: Tensor) -> Tensor:
         return self._to_noise(x.clone())[1]
@@ -346,8 +350,7 @@ class Torchdyn(Model):
 
     def log_prob(self, x: Tensor) -> Tensor:
         z, minus_trace = self._solve(x, 0.0, 1.0)
-        normal = -0.5 * (z.square().sum(1) + self.features * math.log(2 * math.pi))
-        return normal - minus_trace
+        return standard_normal(z) - minus_trace
 
     def to_noise(self, x: Tensor) -> Tensor:
         return self._solve(x, 0.0, 1.0)[0]
