@@ -38,12 +38,16 @@ from nflows_mongeampere.variational import weigh as weigh
 
 if TYPE_CHECKING:
     from nflows_mongeampere.training import History
+    from nflows_mongeampere.training.optimizers import FullMatrixSOAP
 
 # Two actions are the same if they differ by less than this part of their size, in float32.
 SAME = 1e-4
 
 # Fields on which the best Gaussian is found; half of them are the negatives of the others.
 GAUSSIAN_FIELDS = 512
+
+# The highest learning rate on an 8 x 8 lattice, for fields of one and couplings of one.
+LEARNING_RATE = 2e-2
 
 # Steps of a training between two validations, and the solver's error that its guard allows for
 # each site, in nats.
@@ -297,7 +301,8 @@ class LatticeFlow(Flow):
             assert isinstance(mine, LatticePotential)
             assert isinstance(other, LatticePotential)
             state = other.state_dict()
-            state["weight"] = _padded(other.symmetric_weight, other.frame, mine.frame)
+            kernels = _padded(other.symmetric_weight, other.frame, mine.frame)
+            state["weight"] = mine.invariants.right_inverse(kernels)
             mine.load_state_dict(state)
 
     @property
@@ -473,22 +478,20 @@ def best_gaussian(target: Any, found: Symmetries | None = None) -> tuple[Tensor,
     return modes.log_scale.detach(), mean
 
 
-def make_optimizer(flow: nn.Module, learning_rate: float = 2e-2) -> torch.optim.Optimizer:
-    r"""Adam for a :class:`LatticeFlow`, with learning rates that suit the size of the lattice.
+def make_optimizer(flow: LatticeFlow, learning_rate: float = LEARNING_RATE) -> FullMatrixSOAP:
+    r"""SOAP for a :class:`LatticeFlow`: all parameters of a transform together.
 
     Args:
         flow: what is trained.
-        learning_rate: of the amplitudes of an 8 x 8 lattice. Larger ones learn more slowly, as
-            :math:`1 / \sqrt{D}`; kernels and modes, which have D entries, at a third of that.
+        learning_rate: for an 8 x 8 lattice; larger ones, of D sites, learn at :math:`8 / \sqrt{D}`
+            of it.
     """
-    named = dict(flow.named_parameters())
-    amplitudes = [p for name, p in named.items() if name.endswith(("amplitude", "context_weight"))]
-    chosen = {id(p) for p in amplitudes}
-    rest = [p for p in named.values() if id(p) not in chosen]
-    sites = max(p.numel() for name, p in named.items() if "log_scale" in name)
-    rate = learning_rate * min(1.0, 8 / math.sqrt(sites))
-    groups = [{"params": amplitudes, "lr": rate}, {"params": rest, "lr": rate / 3}]
-    return torch.optim.Adam(groups, betas=(0.9, 0.99))
+    from nflows_mongeampere.training.optimizers import FullMatrixSOAP
+
+    layers: list[nn.Module] = [flow.modes, *flow.pieces]
+    groups = [{"params": layer.parameters()} for layer in layers]
+    sites = math.prod(flow.shape)
+    return FullMatrixSOAP(groups, learning_rate * min(1.0, 8 / math.sqrt(sites)))
 
 
 def train(
@@ -499,7 +502,7 @@ def train(
     minutes: float | None = None,
     steps: int | None = None,
     num_samples: int = 64,
-    learning_rate: float = 2e-2,
+    learning_rate: float = LEARNING_RATE,
     path_gradient: bool = True,
     seed: int = 0,
     smaller_first: bool = True,
@@ -522,7 +525,7 @@ def train(
         minutes: the budget in wall-clock time, and
         steps: in steps of the optimiser on each lattice; at least one of them.
         num_samples: fields in each step.
-        learning_rate: the highest; see :func:`make_optimizer`.
+        learning_rate: the highest, see :func:`make_optimizer`.
         path_gradient: as in :class:`~nflows_mongeampere.training.ReverseKL`.
         seed: of everything that is random in a step.
         smaller_first: whether smaller lattices come first; leave it out for an action that is
@@ -535,6 +538,51 @@ def train(
     Raises:
         DivergenceError: if the loss is NaN, infinite or explodes; a smaller learning rate helps.
     """
+    settings = {
+        "num_samples": num_samples,
+        "learning_rate": learning_rate,
+        "path_gradient": path_gradient,
+        "seed": seed,
+    }
+    budget = _Budget(minutes, steps)
+    history = _descend(flow, target, Path(folder), budget, smaller_first, name, settings)
+    # without a parameter of the action, fields alone
+    context = None if flow.parameter is None else flow.parameter.grid(JUDGED)
+    torch.manual_seed(seed)
+    settled = converged(
+        flow,
+        lambda: weigh(flow, target, JUDGED, context=context).free_energy.value,
+        SETTLED,
+    )
+    for piece in flow.pieces:
+        piece.steps *= settled.factor
+    return history
+
+
+class _Budget(NamedTuple):
+    """What a training may take."""
+
+    minutes: float | None
+    steps: int | None
+
+    def part(self, share: float) -> _Budget:
+        """A part of the minutes, and all steps."""
+        return self._replace(minutes=None if self.minutes is None else share * self.minutes)
+
+
+def _descend(
+    flow: LatticeFlow,
+    target: Any,
+    folder: Path,
+    budget: _Budget,
+    smaller_first: bool,
+    name: str,
+    settings: dict[str, Any],
+) -> History:
+    """Train a flow, and a smaller one before it, and leave it with the solver's steps of training.
+
+    The larger one begins with the steps with which the smaller one ended.
+    """
     from torch.utils.data import DataLoader, TensorDataset
 
     from nflows_mongeampere.training import (
@@ -546,13 +594,7 @@ def train(
         restore,
     )
 
-    shape, folder, budget = _shape(target), Path(folder), minutes
-    settings: dict[str, Any] = {
-        "num_samples": num_samples,
-        "learning_rate": learning_rate,
-        "path_gradient": path_gradient,
-        "seed": seed,
-    }
+    shape = _shape(target)
     half = tuple(side // 2 for side in shape)
     even = all(side % 2 == 0 for side in shape) and min(half) >= SHORTEST
     if smaller_first and flow.new and even and hasattr(target, "resized"):
@@ -561,25 +603,24 @@ def train(
         smaller = flow.resized(half, symmetries(below, nodes).group)
         log_scale, mean = smaller.best_gaussian(below)
         smaller.start(log_scale, mean)
-        first = None if minutes is None else FIRST * minutes
         place = folder / "x".join(map(str, half))
-        train(smaller, below, place, minutes=first, steps=steps, name=place.name, **settings)
+        _descend(smaller, below, place, budget.part(FIRST), True, place.name, settings)
         flow.adopt(smaller, smaller.scales - log_scale)
-        budget = None if minutes is None else (1 - FIRST) * minutes
+        budget = budget.part(1 - FIRST)
+    num_samples, seed = settings["num_samples"], settings["seed"]
     # without a parameter batches only count the steps: the flow draws its fields itself
-    each, context = num_samples, None
-    batches, few = torch.zeros(num_samples, 1), torch.zeros(4, 1)
+    each, batches, few = num_samples, torch.zeros(num_samples, 1), torch.zeros(4, 1)
     if flow.parameter is not None:
-        each, context = 1, flow.parameter.grid(JUDGED)
-        batches, few = flow.parameter.grid(64 * num_samples), flow.parameter.grid(4 * num_samples)
+        each, batches = 1, flow.parameter.grid(64 * num_samples)
+        few = flow.parameter.grid(4 * num_samples)
     objective = ReverseKL(
         flow.train(),
         target,
         num_samples=each,
-        path_gradient=path_gradient,
-        optimizer=partial(make_optimizer, learning_rate=learning_rate),
-        steps=steps,
-        minutes=budget,
+        path_gradient=settings["path_gradient"],
+        optimizer=partial(make_optimizer, learning_rate=settings["learning_rate"]),
+        steps=budget.steps,
+        minutes=budget.minutes,
         seed=seed,
     )
     history = fit(
@@ -589,18 +630,11 @@ def train(
         folder,
         name=name,
         callbacks=[SolverGuard(GUARDED * max(64, math.prod(shape)))],
+        gradient_clip_val=None,  # the optimiser's steps do not grow with the gradient
     )
     # the learning rate has come down to zero and nothing can be learnt by heart: the last is best
-    restore(objective, Path(folder) / "last.ckpt")
+    restore(objective, folder / "last.ckpt")
     flow.cpu().eval()
-    torch.manual_seed(seed)
-    settled = converged(
-        flow,
-        lambda: weigh(flow, target, JUDGED, context=context).free_energy.value,
-        SETTLED,
-    )
-    for piece in flow.pieces:
-        piece.steps *= settled.factor
     return history
 
 

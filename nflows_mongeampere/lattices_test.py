@@ -40,7 +40,7 @@ def free(phi: Tensor, weights: tuple[float, ...] = (1.0, 1.0)) -> Tensor:
 
 
 def randomised(flow: LatticeFlow) -> LatticeFlow:
-    """In float64, with weights of no symmetry before they are averaged."""
+    """In float64, with kernels, amplitudes and scales that are drawn at random."""
     for name, parameter in flow.double().named_parameters():
         if name.endswith(("amplitude", "original", "weight")):
             torch.nn.init.normal_(parameter, std=0.3)
@@ -162,8 +162,10 @@ def test_what_a_smaller_lattice_has_learnt_is_the_same_potential():
     """A field that repeats meets the same kernels."""
     small, large = randomised(LatticeFlow((6, 6))), LatticeFlow((12, 12)).double().eval()
     for piece in small.pieces:
-        kernel = piece.potential.weight.detach().view(-1, 6, 6)
+        potential = piece.potential
+        kernel = potential.symmetric_weight.detach().view(-1, 6, 6)
         kernel[:, 3], kernel[:, :, 3] = 0, 0  # halfway round, where left and right meet
+        potential.weight.data = potential.invariants.right_inverse(kernel.flatten(1))
         piece.steps = 3
     large.adopt(small, torch.zeros(1, 6, 6, dtype=torch.float64))
     x = torch.randn(2, 6, 6, dtype=torch.float64)
@@ -323,8 +325,10 @@ def test_one_flow_for_a_range_of_temperatures(tmp_path):
     for node in flow.parameter.nodes:  # a polynomial through the best Gaussians
         polynomials = torch.cat([torch.ones(1, 1), flow.parameter(torch.tensor([[node]]))], 1)
         expected, _ = best_gaussian(Ising(4, node))
-        torch.testing.assert_close(torch.tensordot(polynomials, start, 1)[0], expected)
-    train(flow, target, tmp_path, steps=80)
+        torch.testing.assert_close(
+            torch.tensordot(polynomials, start, 1)[0], expected, rtol=0, atol=1e-3
+        )
+    train(flow, target, tmp_path, steps=150)
     for temperature in (2.1, 2.7, 3.4):
         exact = Ising(4, temperature).free_energy * 16
         samples = weigh(flow, target, 2000, context=torch.tensor([[temperature]]))
@@ -375,7 +379,7 @@ def test_a_trained_flow_takes_enough_steps(tmp_path):
     target = Ising(4)
     torch.manual_seed(0)
     flow = LatticeFlow.towards(target, pieces=3)
-    train(flow, target, tmp_path, steps=80)
+    train(flow, target, tmp_path, steps=150)
     values = []
     for factor in (1, 4):
         torch.manual_seed(1)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
 from nflows_mongeampere import validation
-from nflows_mongeampere.averages import Average
 from nflows_mongeampere.groups import BOUNDARIES, Group, axis_exchanges, point_group
+from nflows_mongeampere.invariants import Invariants
 
 
 class LatticeModes(Transform):
@@ -81,7 +81,8 @@ class LatticeModes(Transform):
             group = point_group(sides) if boundary == "periodic" else axis_exchanges(sides)
         self.group = group
         self.log_scale = nn.Parameter(log_scale.detach().clone())
-        register_parametrization(self, "log_scale", Average(self.group))
+        invariants = Invariants(self.group, sides)
+        register_parametrization(self, "log_scale", invariants)
         self.mean: nn.Parameter | None = None
         self.context_mean: nn.Parameter | None = None
         self.context_weight: nn.Parameter | None = None
@@ -91,7 +92,7 @@ class LatticeModes(Transform):
             context_features = validation.integer("context_features", context_features)
             changes = log_scale.new_zeros(context_features, *log_scale.shape)
             self.context_weight = nn.Parameter(changes)
-            register_parametrization(self, "context_weight", Average(self.group))
+            register_parametrization(self, "context_weight", invariants)
             if mean is not None:
                 self.context_mean = nn.Parameter(log_scale.new_zeros(context_features))
         self.context_features = context_features

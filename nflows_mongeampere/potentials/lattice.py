@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from nflows_mongeampere import validation
-from nflows_mongeampere.averages import Average
 from nflows_mongeampere.dynamics import Dynamics, FieldDynamics, Time, as_rows, start
 from nflows_mongeampere.groups import BOUNDARIES, Group, lattice_shape, point_group
+from nflows_mongeampere.invariants import Invariants
 from nflows_mongeampere.potentials.base import ClosedFormPotential
 
 # Sites of the largest lattice on which one product with all translates of the kernels is faster
@@ -55,8 +55,8 @@ class LatticePotential(ClosedFormPotential):
     Attributes:
         frame: the shape of a kernel, a number for each distance of two sites: that of a periodic
             lattice, and twice as long in each direction for an open one.
-        weight: the kernels, shape (K, F) with F entries of the frame; what the group does not leave
-            alone is averaged away, which leaves w.
+        weight: the kernels by their :class:`~nflows_mongeampere.invariants.Invariants`, shape
+            (K, O) for O orbits of the group.
         amplitude: of each function of each kernel, shape (P, K) or, unless even, (2P, K). The
             functions are mixed so that their slopes are orthonormal for normal h.
         mixing: the coefficients of the mixtures, a column for each function.
@@ -101,7 +101,8 @@ class LatticePotential(ClosedFormPotential):
         self.group = lattice_group(self.frame, group)
         self.context_features = validation.optional_integer("context_features", context_features)
         functions = self.powers if self.even else 2 * self.powers
-        self.weight = nn.Parameter(torch.empty(self.kernels, math.prod(self.frame)))
+        self.invariants = Invariants(self.group)
+        self.weight = nn.Parameter(torch.empty(self.kernels, self.invariants.coordinates))
         self.amplitude = nn.Parameter(torch.empty(functions, self.kernels))
         self.context_weight = (
             None
@@ -109,7 +110,6 @@ class LatticePotential(ClosedFormPotential):
             else nn.Parameter(torch.empty(context_features, functions, self.kernels))
         )
         self.register_buffer("unit", torch.empty(self.kernels))
-        self.average = Average(self.group)
         self.reset_parameters()
         # follow from the arguments, and stay on the CPU where models are built without numbers
         self.mixing = torch.from_numpy(_mixing(self.powers, self.even))
@@ -120,7 +120,7 @@ class LatticePotential(ClosedFormPotential):
     def reset_parameters(self) -> None:
         """Draw the kernels anew, bells from one site wide to the whole lattice, amplitudes zero."""
         kernels = smooth_kernels(self.frame, self.kernels).to(self.amplitude)
-        self.weight.copy_(kernels)
+        self.weight.copy_(self.invariants.right_inverse(kernels))
         nn.init.zeros_(self.amplitude)
         if self.context_weight is not None:
             nn.init.normal_(self.context_weight, std=0.3 / math.sqrt(len(self.context_weight)))
@@ -130,9 +130,9 @@ class LatticePotential(ClosedFormPotential):
 
     @property
     def symmetric_weight(self) -> Tensor:
-        """The kernels w, the average of :attr:`weight` over the group, shape (K, D)."""
-        average: Tensor = self.average(self.weight)
-        return average
+        """The kernels w, shape (K, F) with F entries of the frame."""
+        kernels: Tensor = self.invariants(self.weight)
+        return kernels
 
     def dynamics(
         self, inputs: Tensor, context: Tensor | None, evaluations: int, costs: bool = False

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from nflows_mongeampere.training.fitting import fit
     from nflows_mongeampere.training.matching import FlowMatching
     from nflows_mongeampere.training.objectives import MaximumLikelihood, Objective, ReverseKL
+    from nflows_mongeampere.training.optimizers import FullMatrixSOAP
 
 __all__ = [
     "BudgetBar",
@@ -20,6 +21,7 @@ __all__ = [
     "DivergenceGuard",
     "EndlessBatches",
     "FlowMatching",
+    "FullMatrixSOAP",
     "History",
     "MaximumLikelihood",
     "Objective",
@@ -38,6 +40,7 @@ _MODULES = {
     "fitting": ("fit",),
     "matching": ("FlowMatching",),
     "objectives": ("MaximumLikelihood", "Objective", "ReverseKL"),
+    "optimizers": ("FullMatrixSOAP",),
 }
 
 
