@@ -67,7 +67,8 @@ class Invariants(nn.Module):
     def forward(self, coordinates: Tensor) -> Tensor:
         """The fields of some coordinates of shape (..., O), shape (..., *shape)."""
         fields = coordinates[..., self.orbit.to(coordinates.device)] * self.scale.to(coordinates)
-        return fields.unflatten(-1, self.shape)
+        shaped: Tensor = fields.unflatten(-1, self.shape)
+        return shaped
 
     def right_inverse(self, fields: Tensor) -> Tensor:
         """The coordinates of the nearest invariant fields, which are the averages over the group.

@@ -51,7 +51,7 @@ LEARNING_RATE = 2e-2
 
 # Steps of a training between two validations, and the solver's error that its guard allows for
 # each site, in nats.
-INTERVAL, GUARDED = 50, 5e-4
+INTERVAL, GUARDED = 50, 2e-4
 
 # How much the free energy of a trained flow may change at twice its solver's steps, in nats, and on
 # how many of its fields that is judged.
