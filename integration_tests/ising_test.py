@@ -6,7 +6,6 @@ import csv
 import itertools
 import json
 import math
-from functools import partial
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -15,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import ising_monte_carlo
-from nflows_mongeampere.lattices import LatticeFlow, make_optimizer
+from nflows_mongeampere.lattices import LatticeFlow
 from nflows_mongeampere.targets import Ising
 from nflows_mongeampere.training import (
     EndlessBatches,
@@ -147,7 +146,7 @@ def test_the_guard_catches_a_solver_that_is_too_coarse(tmp_path):
             flow,
             target,
             num_samples=64,
-            optimizer=partial(make_optimizer, learning_rate=0.05),
+            learning_rate=0.05,
             steps=200,
         )
         ticks = torch.zeros(64, 1)
