@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from pytorch_optimizer import SOAP
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.utils import parameters_to_vector
 
 
 class FullMatrixSOAP(SOAP):
@@ -86,7 +86,9 @@ class FullMatrixSOAP(SOAP):
         super().step()
         for group, parts in zip(self.param_groups, self._parts, strict=True):
             (vector,) = group["params"]
-            vector_to_parameters(vector.clone(), parts)
+            sizes = [part.numel() for part in parts]
+            for part, values in zip(parts, vector.split(sizes), strict=True):
+                part.copy_(values.view_as(part))  # each in memory of its own, as before
         return loss
 
 
