@@ -17,7 +17,8 @@ class Invariants(nn.Module):
     .. math:: x_i = \frac{s_i}{\sqrt{|o_i|}} \, c_{o_i}
 
     with one coordinate c for each orbit :math:`o` of entries, and signs :math:`s_i = \pm 1` of the
-    entries within one; where an element of the group turns an entry into its negative, x is zero.
+    entries within one. Orbits in which an element of the group turns an entry into its negative
+    have none: there x is zero.
 
     Registered as a parametrization, it keeps a parameter symmetric while it is learned, and as
     small as it can be: kernels that a part of a group leaves alone make a potential with the
@@ -27,8 +28,12 @@ class Invariants(nn.Module):
         group: the group, which acts on the D entries of a field.
         shape: of a field, with D entries in C order; (D,) unless given.
 
+    Attributes:
+        coordinates: the number O of coordinates of a field.
+
     Raises:
-        TypeError, ValueError: for arguments that do not fit.
+        TypeError, ValueError: for arguments that do not fit, or a group that leaves no field alone
+            but zero.
 
     Example:
         >>> import torch
@@ -53,16 +58,18 @@ class Invariants(nn.Module):
                 "group acts"
             )
         # follow from the group, and stay on the CPU where models are built without numbers
-        first, signs = group.permutations.amin(0), group.signs
+        first = group.permutations.amin(0)
         meets = group.permutations == first
-        sign = (signs * meets).sum(0) / meets.sum(0)
-        _, self.orbit, sizes = first.unique(return_inverse=True, return_counts=True)
+        sign = (group.signs * meets).sum(0) / meets.sum(0).double()  # 0 where both signs occur
+        alive = sign != 0
+        if not bool(alive.any()):
+            raise ValueError(
+                f"group: {group} leaves no field alone but zero, expected one that does"
+            )
+        _, orbit, sizes = first[alive].unique(return_inverse=True, return_counts=True)
+        self.coordinates = len(sizes)
+        self.orbit = torch.zeros_like(first).masked_scatter(alive, orbit)
         self.scale = sign / sizes[self.orbit].double().sqrt()
-
-    @property
-    def coordinates(self) -> int:
-        """The number of coordinates of a field, one for each orbit."""
-        return int(self.orbit.max()) + 1
 
     def forward(self, coordinates: Tensor) -> Tensor:
         """The fields of some coordinates of shape (..., O), shape (..., *shape)."""

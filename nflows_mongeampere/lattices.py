@@ -538,14 +538,8 @@ def train(
     Raises:
         DivergenceError: if the loss is NaN, infinite or explodes; a smaller learning rate helps.
     """
-    settings = {
-        "num_samples": num_samples,
-        "learning_rate": learning_rate,
-        "path_gradient": path_gradient,
-        "seed": seed,
-    }
-    budget = _Budget(minutes, steps)
-    history = _descend(flow, target, Path(folder), budget, smaller_first, name, settings)
+    plan = _Plan(minutes, steps, smaller_first, num_samples, learning_rate, path_gradient, seed)
+    history = _descend(flow, target, Path(folder), plan, name)
     # without a parameter of the action, fields alone
     context = None if flow.parameter is None else flow.parameter.grid(JUDGED)
     torch.manual_seed(seed)
@@ -559,13 +553,18 @@ def train(
     return history
 
 
-class _Budget(NamedTuple):
-    """What a training may take."""
+class _Plan(NamedTuple):
+    """How lattices are trained, as :func:`train` takes it."""
 
     minutes: float | None
     steps: int | None
+    smaller_first: bool
+    num_samples: int
+    learning_rate: float
+    path_gradient: bool
+    seed: int
 
-    def part(self, share: float) -> _Budget:
+    def part(self, share: float) -> _Plan:
         """A part of the minutes, and all steps."""
         return self._replace(minutes=None if self.minutes is None else share * self.minutes)
 
@@ -574,10 +573,8 @@ def _descend(
     flow: LatticeFlow,
     target: Any,
     folder: Path,
-    budget: _Budget,
-    smaller_first: bool,
+    plan: _Plan,
     name: str,
-    settings: dict[str, Any],
 ) -> History:
     """Train a flow, and a smaller one before it, and leave it with the solver's steps of training.
 
@@ -597,17 +594,17 @@ def _descend(
     shape = _shape(target)
     half = tuple(side // 2 for side in shape)
     even = all(side % 2 == 0 for side in shape) and min(half) >= SHORTEST
-    if smaller_first and flow.new and even and hasattr(target, "resized"):
+    if plan.smaller_first and flow.new and even and hasattr(target, "resized"):
         below = target.resized(half)
         nodes = [] if flow.parameter is None else flow.parameter.nodes
         smaller = flow.resized(half, symmetries(below, nodes).group)
         log_scale, mean = smaller.best_gaussian(below)
         smaller.start(log_scale, mean)
         place = folder / "x".join(map(str, half))
-        _descend(smaller, below, place, budget.part(FIRST), True, place.name, settings)
+        _descend(smaller, below, place, plan.part(FIRST), place.name)
         flow.adopt(smaller, smaller.scales - log_scale)
-        budget = budget.part(1 - FIRST)
-    num_samples, seed = settings["num_samples"], settings["seed"]
+        plan = plan.part(1 - FIRST)
+    num_samples = plan.num_samples
     # without a parameter batches only count the steps: the flow draws its fields itself
     each, batches, few = num_samples, torch.zeros(num_samples, 1), torch.zeros(4, 1)
     if flow.parameter is not None:
@@ -617,11 +614,11 @@ def _descend(
         flow.train(),
         target,
         num_samples=each,
-        path_gradient=settings["path_gradient"],
-        optimizer=partial(make_optimizer, learning_rate=settings["learning_rate"]),
-        steps=budget.steps,
-        minutes=budget.minutes,
-        seed=seed,
+        path_gradient=plan.path_gradient,
+        optimizer=partial(make_optimizer, learning_rate=plan.learning_rate),
+        steps=plan.steps,
+        minutes=plan.minutes,
+        seed=plan.seed,
     )
     history = fit(
         objective,
@@ -630,7 +627,7 @@ def _descend(
         folder,
         name=name,
         callbacks=[SolverGuard(GUARDED * max(64, math.prod(shape)))],
-        gradient_clip_val=None,  # the optimiser's steps do not grow with the gradient
+        gradient_clip_val=None,  # a step is as long as the learning rate, whatever the gradient
     )
     # the learning rate has come down to zero and nothing can be learnt by heart: the last is best
     restore(objective, folder / "last.ckpt")

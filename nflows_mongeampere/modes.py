@@ -81,7 +81,8 @@ class LatticeModes(Transform):
             group = point_group(sides) if boundary == "periodic" else axis_exchanges(sides)
         self.group = group
         self.log_scale = nn.Parameter(log_scale.detach().clone())
-        invariants = Invariants(self.group, sides)
+        # a wave may change its sign, and its scale does not
+        invariants = Invariants(Group.generated_by(group.permutations), sides)
         register_parametrization(self, "log_scale", invariants)
         self.mean: nn.Parameter | None = None
         self.context_mean: nn.Parameter | None = None

@@ -7,7 +7,7 @@ from nflows.distributions import StandardNormal
 from nflows.flows import Flow
 from torch.distributions import MultivariateNormal
 
-from nflows_mongeampere.groups import axis_exchanges, point_group, reflections, translations
+from nflows_mongeampere.groups import Group, axis_exchanges, point_group, reflections, translations
 from nflows_mongeampere.modes import LatticeModes
 
 
@@ -43,6 +43,14 @@ def test_the_density_is_the_gaussian_of_its_spectrum():
     found = logabsdet - (outputs.square().sum((1, 2)) + 9 * math.log(2 * math.pi)) / 2
     expected = MultivariateNormal(torch.zeros(9).double(), covariance).log_prob(x.flatten(1))
     torch.testing.assert_close(found, expected)
+
+
+def test_waves_that_change_their_sign_keep_their_scale():
+    turned = torch.arange(16).view(4, 4).T.flatten()
+    group = Group([(range(16), [1] * 16), (turned.tolist(), [-1] * 16)])
+    scale = torch.randn(4, 4)
+    found = LatticeModes(scale, group=group).log_scale
+    torch.testing.assert_close(found, (scale + scale.T) / 2)
 
 
 def test_scales_and_mean_move_with_the_context():

@@ -1,4 +1,4 @@
-"""Potentials of fields on a periodic lattice: a function of its own for each kernel."""
+"""Potentials of fields on a lattice, with a function of its own for each kernel."""
 
 from __future__ import annotations
 
@@ -125,7 +125,9 @@ class LatticePotential(ClosedFormPotential):
         if self.context_weight is not None:
             nn.init.normal_(self.context_weight, std=0.3 / math.sqrt(len(self.context_weight)))
         # a wide kernel pushes all sites at once: its functions are scaled by its largest mode
-        modes = torch.fft.fftn(kernels.unflatten(1, self.frame), dim=_sides(self.frame))
+        modes = torch.fft.fftn(
+            self.symmetric_weight.unflatten(1, self.frame), dim=_sides(self.frame)
+        )
         self.unit.copy_(modes.abs().square().flatten(1).amax(1).reciprocal())
 
     @property

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from pytorch_optimizer import SOAP
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parameters_to_vector
 
 
@@ -29,16 +29,20 @@ class FullMatrixSOAP(SOAP):
     Vyas et al., `arXiv:2409.11321 <https://arxiv.org/abs/2409.11321>`_.
 
     Args:
-        groups: of parameters, as PyTorch's optimisers take them; each is one vector.
+        params: parameters or groups of them, as PyTorch's optimisers take them; each group is one
+            vector, of the parameters that have a gradient.
         lr: the learning rate :math:`\eta`.
         betas: of the running means of g, and of its squares and products.
         every: how many steps Q is kept.
+
+    Raises:
+        ValueError: in a step in which other parameters have a gradient than in the step before.
 
     Example:
         >>> import torch
         >>> from nflows_mongeampere import MongeAmpereFlow
         >>> flow = MongeAmpereFlow(2, 16)
-        >>> optimizer = FullMatrixSOAP([{"params": flow.parameters()}], lr=1e-2)
+        >>> optimizer = FullMatrixSOAP(flow.parameters(), lr=1e-2)
         >>> for _ in range(3):
         ...     optimizer.zero_grad()
         ...     (-flow.log_prob(torch.randn(64, 2)).mean()).backward()
@@ -47,20 +51,13 @@ class FullMatrixSOAP(SOAP):
 
     def __init__(
         self,
-        groups: Iterable[dict[str, Any]],
+        params: Iterable[Any],
         lr: float = 1e-2,
         betas: tuple[float, float] = (0.9, 0.95),
         every: int = 10,
     ) -> None:
-        vectors = []
-        self._parts: list[list[nn.Parameter]] = []
-        for group in groups:
-            parts = [part for part in group["params"] if part.requires_grad]
-            vector = parameters_to_vector(parts).detach()
-            vectors.append({**group, "params": [nn.Parameter(vector)]})
-            self._parts.append(parts)
         super().__init__(
-            vectors,
+            params,
             lr=lr,
             betas=betas,
             weight_decay=0.0,
@@ -68,29 +65,45 @@ class FullMatrixSOAP(SOAP):
             precondition_1d=True,
         )
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        super().zero_grad(set_to_none)
-        for part in (part for parts in self._parts for part in parts):
-            part.grad = None if set_to_none or part.grad is None else part.grad.zero_()
-
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of all groups; the result is that of ``closure``, if there is one."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group, parts in zip(self.param_groups, self._parts, strict=True):
-            (vector,) = group["params"]
-            vector.copy_(parameters_to_vector(parts))
-            vector.grad = parameters_to_vector([_gradient(part) for part in parts])
-        super().step()
-        for group, parts in zip(self.param_groups, self._parts, strict=True):
-            (vector,) = group["params"]
-            sizes = [part.numel() for part in parts]
-            for part, values in zip(parts, vector.split(sizes), strict=True):
-                part.copy_(values.view_as(part))  # each in memory of its own, as before
+        whole = [(group, group["params"]) for group in self.param_groups]
+        moving = [[part for part in parts if part.grad is not None] for _, parts in whole]
+        try:
+            for (group, _), parts in zip(whole, moving, strict=True):
+                group["params"] = [self._joined(parts, of=group["params"][0])] if parts else []
+            super().step()
+            for (group, given), parts in zip(whole, moving, strict=True):
+                if parts:
+                    self._take_apart(group["params"][0], parts, of=given[0])
+        finally:
+            for group, parts in whole:
+                group["params"] = parts
         return loss
 
+    def _joined(self, parts: list[nn.Parameter], of: nn.Parameter) -> nn.Parameter:
+        """Parameters as one vector, whose state is kept as that of one of them."""
+        vector = nn.Parameter(parameters_to_vector(parts).detach())
+        vector.grad = parameters_to_vector([part.grad for part in parts if part.grad is not None])
+        state = self.state.pop(of, {})
+        if state and len(state["exp_avg"]) != len(vector):
+            raise ValueError(
+                f"params: {len(vector)} entries of a group have a gradient, expected the "
+                f"{len(state['exp_avg'])} of the step before; make a new optimiser where other "
+                "parameters are to be trained"
+            )
+        self.state[vector] = state
+        return vector
 
-def _gradient(parameter: nn.Parameter) -> Tensor:
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    def _take_apart(
+        self, vector: nn.Parameter, parts: list[nn.Parameter], of: nn.Parameter
+    ) -> None:
+        self.state[of] = self.state.pop(vector)
+        values = vector.split([part.numel() for part in parts])
+        for part, value in zip(parts, values, strict=True):
+            part.copy_(value.view_as(part))
