@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from nflows_mongeampere.targets.ising import Ising
 from nflows_mongeampere.variational import Estimate, WeightedSamples
 
-# Fields whose magnetisation is found at once: each takes D (D + 1) complex numbers.
+# Spins whose magnetisation is found at once.
 AT_ONCE = 4_000_000
 
 
@@ -91,25 +90,33 @@ def spin_observables(target: Ising, samples: WeightedSamples) -> SpinObservables
 def magnetisation_distribution(mean: Tensor) -> Tensor:
     r"""The distribution of the sum of free spins, shape (B, N + 1), exactly.
 
-    Its characteristic function is a product over the sites, which a Fourier transform inverts:
+    Its generating function is a product over the sites,
 
-    .. math:: p(M = 2k - N) = \frac{1}{N + 1} \sum_{n=0}^{N} e^{-i k \theta_n}
-              \prod_i \Big[ \frac{1 - m_i}{2} + \frac{1 + m_i}{2} e^{i \theta_n} \Big],
-              \qquad \theta_n = \frac{2 \pi n}{N + 1}.
+    .. math:: \sum_{k=0}^{N} p(M = 2k - N)\, z^k
+              = \prod_i \Big[ \frac{1 - m_i}{2} + \frac{1 + m_i}{2} z \Big],
+
+    which is multiplied out two by two, by Fourier transforms: O(N ln² N) for each row.
 
     Args:
         mean: of each spin, shape (B, ...).
     """
     up = (1 + mean.flatten(1)) / 2
-    count = up.shape[1] + 1
-    angles = 2 * math.pi * torch.arange(count, dtype=up.dtype, device=up.device) / count
-    phases = torch.polar(torch.ones_like(angles), angles)
-    rows = max(1, AT_ONCE // (count * count))
-    parts = []
-    for few in up.split(rows):
-        factors = 1 + few[:, :, None] * (phases - 1)
-        parts.append(torch.fft.fft(factors.prod(1), dim=1).real / count)
-    return torch.cat(parts).clamp(min=0)
+    rows = max(1, AT_ONCE // up.shape[1])
+    return torch.cat([_product(torch.stack([1 - few, few], 2)) for few in up.split(rows)])
+
+
+def _product(factors: Tensor) -> Tensor:
+    """The products of N polynomials of degree one each, from (B, N, 2) to (B, N + 1)."""
+    count = factors.shape[1]
+    while factors.shape[1] > 1:
+        if factors.shape[1] % 2:
+            one = torch.zeros_like(factors[:, :1])
+            one[..., 0] = 1
+            factors = torch.cat([factors, one], 1)
+        length = 2 * factors.shape[2] - 1
+        modes = torch.fft.rfft(factors, n=length)
+        factors = torch.fft.irfft(modes[:, ::2] * modes[:, 1::2], n=length)
+    return factors[:, 0, : count + 1].clamp(min=0)
 
 
 def function_of_means(
