@@ -167,7 +167,7 @@ def sites(shape: Sequence[int], *, fourier: bool = False, **options: object) -> 
     with mock.patch.object(lattice_module, "DENSE_SITES", 0 if fourier else 100):
         potential = LatticePotential(shape, 2, **options).double()  # type: ignore[arg-type]
     for name, parameter in potential.named_parameters():
-        nn.init.normal_(parameter, std=0.3 if name == "weight" else 0.1)
+        nn.init.normal_(parameter, std=0.3 if name == "weight" else 0.2)
     return potential
 
 
