@@ -25,8 +25,8 @@ import typer
 from ising_monte_carlo import reference
 from ising_pictures import draw_learning, draw_path, draw_samples, draw_structure
 from nflows_mongeampere import refined
-from nflows_mongeampere.convergence import converged
 from nflows_mongeampere.examples.runs import command, one_line_errors, open_folder, write_json
+from nflows_mongeampere.examples.weighing import settled
 from nflows_mongeampere.lattices import LatticeFlow, train
 from nflows_mongeampere.models import transports
 from nflows_mongeampere.targets import CRITICAL_TEMPERATURE, Ising
@@ -36,7 +36,6 @@ from nflows_mongeampere.variational import Estimate, weigh
 
 SAMPLES = 10_000  # drawn from a trained flow for its figures
 OBSERVABLES = ("free_energy", "specific_heat", "magnetisation", "susceptibility", "binder")
-TOLERANCE = 1e-5  # of a free energy per site when the solver's steps are doubled, at most
 
 
 @dataclass(frozen=True)
@@ -94,14 +93,8 @@ def judge(
 ) -> Results:
     """Everything that the samples of a trained flow tell, with pictures."""
     seed, count, sites = config["seed"], config["samples"], target.sites
-    few = min(count, 1000)
     torch.manual_seed(seed)
-    error = weigh(flow, target, few).free_energy.error * (few / count) ** 0.5 / sites
-    found = converged(
-        flow,
-        lambda: weigh(flow, target, few).free_energy.value / sites,
-        min(TOLERANCE, error / 10),
-    )
+    found = settled(flow, target, count, lambda samples: samples.free_energy)
     with refined(flow, found.factor):
         samples = weigh(flow, target, count)
         solver_steps = [transport.steps for transport in transports(flow)]

@@ -23,9 +23,9 @@ import typer
 from torch import Tensor
 
 from nflows_mongeampere import refined
-from nflows_mongeampere.convergence import converged
 from nflows_mongeampere.examples.hybrid_monte_carlo import HybridMonteCarlo
 from nflows_mongeampere.examples.runs import command, one_line_errors, open_folder, write_json
+from nflows_mongeampere.examples.weighing import settled
 from nflows_mongeampere.lattices import LatticeFlow, train
 from nflows_mongeampere.models import transports
 from nflows_mongeampere.targets import Phi4
@@ -39,7 +39,6 @@ COUPLINGS = {
     **{6: 6.975, 8: 6.008, 10: 5.55, 12: 5.276, 14: 5.113, 20: 4.807, 32: 4.572, 64: 4.398},
 }
 SAMPLES = 10_000  # drawn from a trained flow for its figures
-TOLERANCE = 1e-5  # of a free energy per site when the solver's steps are doubled, at most
 
 
 @dataclass(frozen=True)
@@ -115,14 +114,8 @@ def judge(
 ) -> Results:
     """Everything that the samples of a trained flow tell, with pictures."""
     seed, count, sites, length = config["seed"], config["samples"], target.sites, target.length
-    few = min(count, 1000)
     torch.manual_seed(seed)
-    error = weigh(flow, target, few).corrected_free_energy.error * (few / count) ** 0.5 / sites
-    found = converged(
-        flow,
-        lambda: weigh(flow, target, few).corrected_free_energy.value / sites,
-        min(TOLERANCE, error / 10),
-    )
+    found = settled(flow, target, count, lambda samples: samples.corrected_free_energy)
 
     def drawn(factor: int) -> tuple[WeightedSamples, list[Estimate], list[int]]:
         torch.manual_seed(seed)

@@ -24,7 +24,8 @@ class FullMatrixSOAP(SOAP):
     power iteration. Where parameters of unlike kinds act together, as the kernels, amplitudes and
     offsets of a potential do, their correlations are seen, which are lost where each tensor has a
     matrix of its own. Memory and time grow with the square and the cube of the size of a group:
-    some thousands of parameters are the most.
+    some thousands of parameters are the most, and a group of more than 10,000 learns as by Adam.
+    The first step only starts the averages and moves nothing.
 
     Vyas et al., `arXiv:2409.11321 <https://arxiv.org/abs/2409.11321>`_.
 
@@ -90,14 +91,14 @@ class FullMatrixSOAP(SOAP):
         """Parameters as one vector, whose state is kept as that of one of them."""
         vector = nn.Parameter(parameters_to_vector(parts).detach())
         vector.grad = parameters_to_vector([part.grad for part in parts if part.grad is not None])
-        state = self.state.pop(of, {})
+        state = self.state[of]
         if state and len(state["exp_avg"]) != len(vector):
             raise ValueError(
                 f"params: {len(vector)} entries of a group have a gradient, expected the "
                 f"{len(state['exp_avg'])} of the step before; make a new optimiser where other "
                 "parameters are to be trained"
             )
-        self.state[vector] = state
+        self.state[vector] = self.state.pop(of)
         return vector
 
     def _take_apart(
