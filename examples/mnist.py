@@ -32,7 +32,7 @@ from nflows.transforms import CompositeTransform
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from mnist_flows import FEATURES, LEVELS, MARGIN, PRESETS, SIDE, logits, make_optimizer
+from mnist_flows import FEATURES, LEVELS, MARGIN, PRESETS, SIDE, logits, make_optimizer, shifted
 from nflows_mongeampere import refined
 from nflows_mongeampere.convergence import converged
 from nflows_mongeampere.examples.images import Images, Pixels, load_mnist, to_pixels
@@ -207,9 +207,16 @@ def run(
     watched = logits(
         images.validation[: config["validation_images"]], torch.Generator().manual_seed(0)
     )
+
+    def batch(levels: Tensor, generator: torch.Generator) -> Tensor:
+        share = 1 - objective.progress
+        if digits and preset.shift:  # the photographs have none to spare at their edges
+            levels = shifted(levels, generator, preset.shift, share)
+        return logits(levels, generator)
+
     history = fit(
         objective,
-        endless(EndlessBatches(images.train, preset.batch_size, seed, logits), preset.interval),
+        endless(EndlessBatches(images.train, preset.batch_size, seed, batch), preset.interval),
         DataLoader(TensorDataset(watched), batch_size=100),
         out,
         name=config["preset"],

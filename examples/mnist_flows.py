@@ -23,6 +23,7 @@ from nflows.transforms import (
 )
 from pytorch_optimizer import Muon
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from nflows_mongeampere import (
     ConvolutionalPotential,
@@ -63,6 +64,7 @@ class Preset:
         kernel_rate: learning rate of the kernels within networks, which Muon turns; None leaves
             them to Adam, as the rest.
         precision: of the networks in training, as Lightning calls it; flows keep theirs.
+        shift: pixels by which digits are moved in training, at most; fewer digits as it goes on.
     """
 
     build: Callable[[Tensor], list[Transform]]
@@ -76,6 +78,7 @@ class Preset:
     linear_rate: float = 1.0
     kernel_rate: float | None = None
     precision: str = "32-true"
+    shift: int = 0
 
 
 def paper(levels: Tensor) -> list[Transform]:
@@ -205,7 +208,13 @@ def glow(levels: Tensor) -> list[Transform]:
 
 
 MULTISCALE = partial(
-    Preset, interval=500, kernel_rate=0.05, precision="bf16-mixed", solver_tolerance=0.2
+    Preset,
+    learning_rate=6e-3,
+    interval=500,
+    kernel_rate=0.025,
+    precision="bf16-mixed",
+    solver_tolerance=0.2,
+    shift=1,
 )
 PRESETS = {
     "paper": Preset(
@@ -223,13 +232,18 @@ PRESETS = {
         couplings, 4e-3, batch_size=200, interval=200, solver_tolerance=1.5, linear_rate=0.02
     ),
     "whitened": Preset(
-        whitened_multiscale, 6e-3, interval=250, linear_rate=0.02, solver_tolerance=0.3
+        whitened_multiscale,
+        6e-3,
+        interval=250,
+        linear_rate=0.02,
+        solver_tolerance=0.3,
+        kernel_rate=0.025,
     ),
     "convolutional": Preset(
         convolutional, 2e-2, interval=200, linear_rate=0.02, solver_tolerance=2.0
     ),
-    "stacked": MULTISCALE(partial(multiscale, 64, 2, 16, 16), 6e-3),
-    "deep": MULTISCALE(partial(multiscale, 96, 4, 24, 24), 3e-3),
+    "stacked": MULTISCALE(partial(multiscale, 64, 2, 16, 16)),
+    "deep": MULTISCALE(partial(multiscale, 96, 4, 24, 24)),
     "whitened-spline": Preset(whitened_spline, 2e-3, linear_rate=0.1),
     "glow": Preset(glow, 1.6e-2),
     "realnvp": Preset(partial(behind_whitening, realnvp), 5e-4, linear_rate=0.1),
@@ -241,6 +255,18 @@ PRESETS = {
 def logits(levels: Tensor, generator: torch.Generator) -> Tensor:
     """Dequantised images in logit space, what the flows see."""
     return to_logits(dequantise(levels, generator, LEVELS), MARGIN)
+
+
+def shifted(levels: Tensor, generator: torch.Generator, pixels: int, share: float) -> Tensor:
+    """A share of the images moved by as many pixels at most, along both axes."""
+    number = len(levels)
+    moved = torch.rand(number, 2, generator=generator)
+    moves = ((2 * pixels + 1) * moved).long() - pixels
+    moves *= torch.rand(number, 1, generator=generator) < share
+    padded = F.pad(levels.view(number, SIDE, SIDE), (pixels,) * 4)
+    place = pixels + moves[:, :, None] + torch.arange(SIDE)
+    rows, columns = place[:, 0, :, None], place[:, 1, None, :]
+    return padded[torch.arange(number)[:, None, None], rows, columns].flatten(1)
 
 
 def images_through(before: list[Transform], levels: Tensor) -> Tensor:

@@ -253,6 +253,19 @@ def test_gzipped_files_are_read_too(data_dir, tmp_path):
     )
 
 
+def test_some_digits_are_moved_by_a_pixel():
+    levels = torch.zeros(400, 28, 28, dtype=torch.uint8)
+    levels[:, 10, 20] = 7
+    generator = torch.Generator().manual_seed(0)
+    moved = mnist_flows.shifted(levels.flatten(1), generator, 1, 0.5).view(-1, 28, 28)
+    assert (moved.flatten(1).sum(1) == 7).all()
+    places, counts = moved.nonzero()[:, 1:].unique(dim=0, return_counts=True)
+    assert places.tolist() == [[row, column] for row in (9, 10, 11) for column in (19, 20, 21)]
+    assert 200 < counts[4] < 245  # half of them, and a ninth of the others
+    assert counts.sum() == 400
+    assert torch.equal(mnist_flows.shifted(levels, generator, 1, 0.0), levels.flatten(1))
+
+
 def test_marginals_are_those_of_nflows(levels):
     ours = images.Marginals(levels, 17).double()
     theirs = PiecewiseLinearCDF([64], 17).double()

@@ -23,8 +23,8 @@ from nflows_mongeampere.potentials import PixelwisePotential
 
 Network = Callable[[int, int, tuple[int, int]], nn.Module]
 
-# of the four pixels of a square, the ones that flow first and second, and the one that stays
-FIRST, SECOND, STAYS = (1, 2), (3,), (0,)
+# of the four pixels of a square, in the order in which they flow; the last one stays
+ORDER = (2, 1, 3, 0)
 
 
 class AsImages(Transform):
@@ -64,6 +64,7 @@ class PixelNetwork(nn.Module):
         size: (height, width) of the images.
         width: maps within.
         blocks: number of residual blocks.
+        dropout: the probability with which training leaves out a number within a block.
         before: what the images go through first, or None.
 
     Example:
@@ -80,6 +81,7 @@ class PixelNetwork(nn.Module):
         *,
         width: int = 48,
         blocks: int = 2,
+        dropout: float = 0.0,
         before: nn.Module | None = None,
     ) -> None:
         super().__init__()
@@ -91,6 +93,7 @@ class PixelNetwork(nn.Module):
                 nn.SiLU(),
                 nn.Conv2d(width, width, 3, padding=1),
                 nn.SiLU(),
+                nn.Dropout(dropout),
                 nn.Conv2d(width, width, 1),
             )
             for _ in range(blocks)
@@ -123,11 +126,13 @@ def coarse_to_fine(
     .. math:: \ln p(x) = \ln p(x_\text{coarsest})
               + \sum_\text{scales} \ln p(x_\text{finer} \mid x_\text{coarser})
 
-    Every second pixel flows in a :class:`~nflows_mongeampere.PixelwisePotential` whose coefficients
-    a network draws from the others, which are its four neighbours; of these, every second one flows
-    in what another network says of the rest, which is an image of half the size; and so on, as long
-    as height and width are even. The black fields of the last image flow given the white ones, and
-    in turns. All networks are evaluated once, for a likelihood as for samples.
+    Of each square of four pixels the first one flows in a
+    :class:`~nflows_mongeampere.PixelwisePotential` whose coefficients a network draws from the
+    other three, all around it; the second in what another network says of the last two; the third
+    in what a third one says of the last. That one is a pixel of an image of half the size, which
+    goes the same way; and so on, as long as height and width are even. The black fields of the last
+    image flow given the white ones, and in turns. All networks are evaluated once, for a likelihood
+    as for samples.
 
     It is made of nflows' :class:`nflows.transforms.base.MultiscaleCompositeTransform` and
     ``SqueezeTransform`` and of :class:`~nflows_mongeampere.MongeAmpereCouplingTransform`: images of
@@ -160,15 +165,16 @@ def coarse_to_fine(
     layers: list[tuple[Transform, tuple[int, ...]]] = []
     while height % 2 == 0 and width % 2 == 0 and channels * height * width > 4:
         height, width = size = height // 2, width // 2
-        order = [4 * c + place for place in (*FIRST, *SECOND, *STAYS) for c in range(channels)]
+        order = [4 * c + place for place in ORDER for c in range(channels)]
         finer = [
             SqueezeTransform(),
             Permutation(torch.tensor(order)),
-            make.of_images(2 * channels, 2 * channels, size),
+            make.of_images(channels, size, known=3),
+            make.of_images(channels, size, known=2, noise=1),
         ]
         layers += [
             (CompositeTransform(finer), (4 * channels, *size)),
-            (make.of_images(channels, channels, size), (2 * channels, *size)),
+            (make.of_images(channels, size, known=1), (2 * channels, *size)),
         ]
     features = channels * height * width
     layers.append((make.in_turns((channels, height, width)), (features,)))
@@ -195,13 +201,19 @@ class _Couplings:
         self._maps = validation.integer("context_channels", maps)
         self._span = validation.positive("span", span)
 
-    def of_images(self, moving: int, passing: int, size: tuple[int, int]) -> Transform:
-        """The first channels of images flow, given the others."""
-        potential = self._potential((moving, *size), moving)
+    def of_images(
+        self, channels: int, size: tuple[int, int], *, known: int, noise: int = 0
+    ) -> Transform:
+        """Images of some channels flow, given known ones behind them; those before are noise."""
+
+        def network(passing: int, outputs: int) -> nn.Module:
+            drawn = self._network(known * channels, self._maps * channels, size)
+            return _Behind(noise * channels, drawn) if noise else drawn
+
         return MongeAmpereCouplingTransform(
-            [1] * moving + [0] * passing,
-            lambda channels, _: self._network(channels, self._maps * moving, size),
-            potential,
+            [0] * noise * channels + [1] * channels + [0] * known * channels,
+            network,
+            self._potential((channels, *size), channels),
             **self._settings,
         )
 
@@ -229,6 +241,18 @@ class _Couplings:
         ends = torch.tensor([[-1.5 * self._span], [1.5 * self._span]])
         potential.initialize(ends.expand(2, potential.features))
         return potential
+
+
+class _Behind(nn.Module):
+    """A network that does not see the first channels of images."""
+
+    def __init__(self, channels: int, network: nn.Module) -> None:
+        super().__init__()
+        self.channels, self.network = channels, network
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps: Tensor = self.network(images[:, self.channels :])
+        return maps
 
 
 def _dense(features: int, outputs: int) -> nn.Module:
