@@ -25,12 +25,13 @@ from matplotlib.axes import Axes
 from ising_monte_carlo import reference
 from nflows_mongeampere.examples.pictures import save_figure
 from nflows_mongeampere.examples.runs import one_line_errors, open_folder, write_results
+from nflows_mongeampere.examples.weighing import settled
 from nflows_mongeampere.lattices import LatticeFlow, train
 from nflows_mongeampere.models import refined
 from nflows_mongeampere.targets import CRITICAL_TEMPERATURE, Ising
 from nflows_mongeampere.targets.spins import spin_observables
 from nflows_mongeampere.training import DivergenceError
-from nflows_mongeampere.variational import Estimate, weigh
+from nflows_mongeampere.variational import Estimate, WeightedSamples, weigh
 
 STEP = 1e-3  # of 1/T, in the differences that give the exact energy and specific heat
 
@@ -45,6 +46,7 @@ class Point:
         ess: the effective sample size as a part of the samples.
         gap: of the variational free energy above the exact one.
         magnetisation_monte_carlo: by cluster Monte Carlo.
+        solver_steps: of each Monge-Ampère transform.
     """
 
     temperature: float
@@ -59,6 +61,7 @@ class Point:
     specific_heat_exact: float
     magnetisation: Estimate
     magnetisation_monte_carlo: Estimate
+    solver_steps: int
 
 
 def exact(length: int, temperature: float) -> tuple[float, float, float]:
@@ -81,10 +84,15 @@ def judge(flow: LatticeFlow, temperature: float, count: int, seed: int) -> Point
     length = flow.shape[0]
     target, context = Ising(length, temperature), torch.tensor([[temperature]])
     torch.manual_seed(seed)
-    samples = weigh(flow, target, count, context=context)
-    with refined(flow, 2):
+    found = settled(flow, target, count, lambda few: few.corrected_free_energy, context)
+
+    def drawn(factor: int) -> WeightedSamples:
         torch.manual_seed(seed)
-        finer = weigh(flow, target, count, context=context).corrected_free_energy.value
+        with refined(flow, factor):
+            return weigh(flow, target, count, context=context)
+
+    samples = drawn(found.factor)
+    finer = drawn(2 * found.factor).corrected_free_energy.value
     spins = spin_observables(target, samples)
     known = exact(length, temperature)
     return Point(
@@ -100,6 +108,7 @@ def judge(flow: LatticeFlow, temperature: float, count: int, seed: int) -> Point
         specific_heat_exact=known[2],
         magnetisation=spins.magnetisation,
         magnetisation_monte_carlo=reference(target, sweeps=2000, seed=seed).magnetisation,
+        solver_steps=found.factor * flow.pieces[0].steps,
     )
 
 
@@ -150,7 +159,6 @@ def run(config: dict[str, Any], out: Path, overwrite: bool) -> list[Point]:
         "parameters": sum(p.numel() for p in flow.parameters()),
         "steps": int(history.rows[-1]["step"]),
         "minutes": history.rows[-1]["minutes"],
-        "solver_steps": [piece.steps for piece in flow.pieces],
         "points": [asdict(point) for point in points],
     }
     write_results(out, **figures)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from nflows_mongeampere.convergence import Converged, converged
 from nflows_mongeampere.variational import Estimate, WeightedSamples, weigh
@@ -19,6 +19,7 @@ def settled(
     target: Any,
     count: int,
     free_energy: Callable[[WeightedSamples], Estimate],
+    context: Tensor | None = None,
 ) -> Converged[float]:
     """The solver's steps at which a free energy stands still to a tenth of its standard error.
 
@@ -27,14 +28,16 @@ def settled(
         target: with ``log_prob`` and the number of its ``sites``.
         count: samples whose standard error it is.
         free_energy: of weighted samples, in nats.
+        context: of the samples, a single row, if the flow has one.
 
     Returns:
         The free energy per site of the first 1,000 of them, and the factor of the steps.
     """
     few = min(count, FEW)
-    error = free_energy(weigh(flow, target, few)).error * (few / count) ** 0.5 / target.sites
-    return converged(
-        flow,
-        lambda: free_energy(weigh(flow, target, few)).value / target.sites,
-        min(TOLERANCE, error / 10),
-    )
+
+    def judged() -> Estimate:
+        return free_energy(weigh(flow, target, few, context=context))
+
+    error = judged().error * (few / count) ** 0.5 / target.sites
+    tolerance = min(TOLERANCE, error / 10)
+    return converged(flow, lambda: judged().value / target.sites, tolerance)
