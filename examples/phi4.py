@@ -23,7 +23,7 @@ import typer
 from torch import Tensor
 
 from nflows_mongeampere import refined
-from nflows_mongeampere.examples.hybrid_monte_carlo import HybridMonteCarlo
+from nflows_mongeampere.examples.hybrid_monte_carlo import HybridMonteCarlo, flip_clusters
 from nflows_mongeampere.examples.runs import command, one_line_errors, open_folder, write_json
 from nflows_mongeampere.examples.weighing import settled
 from nflows_mongeampere.lattices import LatticeFlow, train
@@ -128,7 +128,9 @@ def judge(
     samples, means, solver_steps = drawn(found.factor)
     finer, finer_means, _ = drawn(2 * found.factor)
     chain = samples.chain()
-    known = HybridMonteCarlo(target, seed=seed).measure(lambda x: observables(x, length))
+    known = HybridMonteCarlo(target, seed=seed, between=flip_clusters).measure(
+        lambda x: observables(x, length)
+    )
     draw_learning(history, target, samples.corrected_free_energy.value / sites, out)
     draw_samples(samples, target, seed, out)
     draw_two_point(means[2:], known[2:], out)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import phi4
-from nflows_mongeampere.examples.hybrid_monte_carlo import HybridMonteCarlo
+from nflows_mongeampere.examples.hybrid_monte_carlo import HybridMonteCarlo, flip_clusters
 from nflows_mongeampere.targets import Phi4
 from programs import call, start
 
@@ -84,13 +84,14 @@ def test_observables_are_their_definitions():
     torch.testing.assert_close(found[:, 1], x.sum(1).square() / 16)
 
 
-def test_hybrid_monte_carlo_is_the_integral_over_four_sites():
+@pytest.mark.parametrize("between", [None, flip_clusters])
+def test_hybrid_monte_carlo_is_the_integral_over_four_sites(between):
     target = Phi4(2, -4.0, 6.975)
     grid = torch.linspace(-2, 2, 33, dtype=torch.float64)
     x = torch.cartesian_prod(grid, grid, grid, grid)
     exact = target.log_prob(x).softmax(0) @ phi4.observables(x, 2)
     for estimate, value in zip(
-        HybridMonteCarlo(target, chains=100, warm_up=100).measure(
+        HybridMonteCarlo(target, chains=100, warm_up=100, between=between).measure(
             lambda phi: phi4.observables(phi, 2), trajectories=200
         ),
         exact.tolist(),
@@ -101,14 +102,14 @@ def test_hybrid_monte_carlo_is_the_integral_over_four_sites():
 
 
 def test_a_short_hybrid_monte_carlo_agrees_with_a_long_one():
-    """At L = 6, as the runs are judged, against four times as long by other chains."""
+    """At L = 6, without clusters, against six times as long by other chains, with them."""
     target = Phi4(6, -4.0, 6.975)
 
     def observed(phi: Tensor) -> Tensor:
         return phi4.observables(phi, 6)
 
     short = HybridMonteCarlo(target, chains=100).measure(observed, 100)
-    long = HybridMonteCarlo(target, chains=200, seed=1).measure(observed, 300)
+    long = HybridMonteCarlo(target, seed=1, between=flip_clusters).measure(observed, 300)
     for few, many in zip(short, long, strict=True):
         assert abs(few.value - many.value) < 4.5 * math.hypot(few.error, many.error)
         assert many.error < few.error

@@ -6,7 +6,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from nflows_mongeampere.variational import Estimate
@@ -32,13 +35,23 @@ class HybridMonteCarlo:
         chains: how many run side by side.
         warm_up: trajectories before the first that counts; their steps are chosen in these.
         seed: of everything that is random.
+        between: an update of all fields, shape (B, D), that keeps their distribution, after each
+            trajectory: :func:`flip_clusters`, say.
 
     Attributes:
         acceptance: of the last trajectories that were measured.
     """
 
-    def __init__(self, target: Any, chains: int = 200, warm_up: int = 300, seed: int = 0) -> None:
+    def __init__(
+        self,
+        target: Any,
+        chains: int = 200,
+        warm_up: int = 300,
+        seed: int = 0,
+        between: Callable[[Tensor, torch.Generator], Tensor] | None = None,
+    ) -> None:
         self._target, self._generator = target, torch.Generator().manual_seed(seed)
+        self._between = between
         self._phi = 0.3 * self._normal(chains, target.sites)
         self._steps, self.acceptance = 12, math.nan
         for number in range(warm_up):
@@ -86,6 +99,8 @@ class HybridMonteCarlo:
         change = log_prob - momentum.square().sum(1) / 2 - before
         accepted = kept & (torch.rand(len(phi), generator=self._generator) < change.exp())
         self._phi = torch.where(accepted[:, None], phi, self._phi)
+        if self._between is not None:
+            self._phi = self._between(self._phi, self._generator)
         return float(accepted.double().mean())
 
     def _force(self, phi: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,3 +111,31 @@ class HybridMonteCarlo:
 
     def _normal(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self._generator)
+
+
+def flip_clusters(phi: Tensor, generator: torch.Generator) -> Tensor:
+    r"""Flip clusters of the signs of φ⁴ fields on periodic square lattices, as they are likely.
+
+    The signs are spins of an Ising model with couplings :math:`2 |\phi_x \phi_y|`, which the
+    clusters of Swendsen and Wang update: neighbours of one sign belong together with probability
+    :math:`1 - e^{-4 \phi_x \phi_y}`, and each cluster takes either sign. Hybrid Monte Carlo alone
+    takes hundreds of trajectories to turn a critical field of 64 sites a side. Brower and Tamayo,
+    Phys. Rev. Lett. 62, 1087 (1989).
+
+    Args:
+        phi: fields with :math:`\ln \pi = 2 \sum \phi_x \phi_y + \ldots`, shape (B, L²).
+        generator: of what is random.
+    """
+    length = math.isqrt(phi.shape[1])
+    fields, sites = phi.view(-1, length, length), torch.arange(phi.numel()).view(-1, length, length)
+    ends: list[tuple[Tensor, Tensor]] = []
+    for axis in (1, 2):
+        stick = -torch.expm1(-4 * fields * fields.roll(-1, axis))  # negative for unlike signs
+        bonds = torch.rand(stick.shape, generator=generator) < stick
+        ends.append((sites[bonds], sites.roll(-1, axis)[bonds]))
+    heads, tails = (torch.cat(part).numpy() for part in zip(*ends, strict=True))
+    shape = (phi.numel(), phi.numel())
+    graph = coo_array((np.ones(len(heads), np.int8), (heads, tails)), shape)
+    count, cluster = connected_components(graph, directed=False)
+    signs = 2 * torch.randint(2, (count,), generator=generator) - 1
+    return phi * signs[torch.from_numpy(cluster).long()].view_as(phi)
