@@ -59,4 +59,5 @@ class GreyLevels(nn.Module):
     ends: Tensor
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return torch.bucketize(pixels, self.ends, right=True).to(pixels.dtype) / (self.number - 1)
+        level = torch.bucketize(pixels.contiguous(), self.ends, right=True)
+        return level.to(pixels.dtype) / (self.number - 1)
