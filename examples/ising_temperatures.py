@@ -25,13 +25,12 @@ from matplotlib.axes import Axes
 from ising_monte_carlo import reference
 from nflows_mongeampere.examples.pictures import save_figure
 from nflows_mongeampere.examples.runs import one_line_errors, open_folder, write_results
-from nflows_mongeampere.examples.weighing import settled
+from nflows_mongeampere.examples.weighing import drawn, settled
 from nflows_mongeampere.lattices import LatticeFlow, train
-from nflows_mongeampere.models import refined
 from nflows_mongeampere.targets import CRITICAL_TEMPERATURE, Ising
 from nflows_mongeampere.targets.spins import spin_observables
 from nflows_mongeampere.training import DivergenceError
-from nflows_mongeampere.variational import Estimate, WeightedSamples, weigh
+from nflows_mongeampere.variational import Estimate
 
 STEP = 1e-3  # of 1/T, in the differences that give the exact energy and specific heat
 
@@ -85,14 +84,10 @@ def judge(flow: LatticeFlow, temperature: float, count: int, seed: int) -> Point
     target, context = Ising(length, temperature), torch.tensor([[temperature]])
     torch.manual_seed(seed)
     found = settled(flow, target, count, lambda few: few.corrected_free_energy, context)
-
-    def drawn(factor: int) -> WeightedSamples:
-        torch.manual_seed(seed)
-        with refined(flow, factor):
-            return weigh(flow, target, count, context=context)
-
-    samples = drawn(found.factor)
-    finer = drawn(2 * found.factor).corrected_free_energy.value
+    samples, finer = (
+        drawn(flow, target, count, seed, factor, context)
+        for factor in (found.factor, 2 * found.factor)
+    )
     spins = spin_observables(target, samples)
     known = exact(length, temperature)
     return Point(
@@ -100,7 +95,7 @@ def judge(flow: LatticeFlow, temperature: float, count: int, seed: int) -> Point
         ess=samples.effective_sample_size,
         gap=samples.free_energy.value / target.sites - target.free_energy,
         free_energy=spins.free_energy,
-        free_energy_double_steps=finer / target.sites - target.shift,
+        free_energy_double_steps=finer.corrected_free_energy.value / target.sites - target.shift,
         free_energy_exact=known[0],
         energy=spins.energy,
         energy_exact=known[1],

@@ -209,9 +209,8 @@ def run(
     )
 
     def batch(levels: Tensor, generator: torch.Generator) -> Tensor:
-        share = 1 - objective.progress
         if digits and preset.shift:  # the photographs have none to spare at their edges
-            levels = shifted(levels, generator, preset.shift, share)
+            levels = shifted(levels, generator, preset.shift, share=1 - objective.progress)
         return logits(levels, generator)
 
     history = fit(

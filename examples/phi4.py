@@ -22,15 +22,14 @@ import torch
 import typer
 from torch import Tensor
 
-from nflows_mongeampere import refined
 from nflows_mongeampere.examples.hybrid_monte_carlo import HybridMonteCarlo, flip_clusters
 from nflows_mongeampere.examples.runs import command, one_line_errors, open_folder, write_json
-from nflows_mongeampere.examples.weighing import settled
+from nflows_mongeampere.examples.weighing import drawn, settled
 from nflows_mongeampere.lattices import LatticeFlow, train
 from nflows_mongeampere.models import transports
 from nflows_mongeampere.targets import Phi4
 from nflows_mongeampere.training import DivergenceError, History
-from nflows_mongeampere.variational import Estimate, WeightedSamples, weigh
+from nflows_mongeampere.variational import Estimate, WeightedSamples
 from phi4_pictures import draw_learning, draw_samples, draw_two_point
 
 MASS_SQUARED = -4.0
@@ -117,16 +116,13 @@ def judge(
     torch.manual_seed(seed)
     found = settled(flow, target, count, lambda samples: samples.corrected_free_energy)
 
-    def drawn(factor: int) -> tuple[WeightedSamples, list[Estimate], list[int]]:
-        torch.manual_seed(seed)
-        with refined(flow, factor):
-            samples = weigh(flow, target, count)
-            steps = [transport.steps for transport in transports(flow)]
-        means = [samples.mean(values) for values in observables(samples.x, length).unbind(1)]
-        return samples, means, steps
+    def means_of(samples: WeightedSamples) -> list[Estimate]:
+        return [samples.mean(values) for values in observables(samples.x, length).unbind(1)]
 
-    samples, means, solver_steps = drawn(found.factor)
-    finer, finer_means, _ = drawn(2 * found.factor)
+    samples, finer = (
+        drawn(flow, target, count, seed, factor) for factor in (found.factor, 2 * found.factor)
+    )
+    means, finer_means = means_of(samples), means_of(finer)
     chain = samples.chain()
     known = HybridMonteCarlo(target, seed=seed, between=flip_clusters).measure(
         lambda x: observables(x, length)
@@ -164,7 +160,7 @@ def judge(
         two_point=means[2:],
         two_point_double_steps=[mean.value for mean in finer_means[2:]],
         two_point_monte_carlo=known[2:],
-        solver_steps=solver_steps,
+        solver_steps=[found.factor * transport.steps for transport in transports(flow)],
         command=command(),
     )
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from nflows_mongeampere.convergence import Converged, converged
+from nflows_mongeampere.models import refined
 from nflows_mongeampere.variational import Estimate, WeightedSamples, weigh
 
 FEW = 1000  # samples by which it is judged
@@ -41,3 +43,17 @@ def settled(
     error = judged().error * (few / count) ** 0.5 / target.sites
     tolerance = min(TOLERANCE, error / 10)
     return converged(flow, lambda: judged().value / target.sites, tolerance)
+
+
+def drawn(
+    flow: nn.Module,
+    target: Any,
+    count: int,
+    seed: int,
+    factor: int,
+    context: Tensor | None = None,
+) -> WeightedSamples:
+    """Weighted samples at ``factor`` times the solver's steps, from the noise of a seed."""
+    torch.manual_seed(seed)
+    with refined(flow, factor):
+        return weigh(flow, target, count, context=context)
