@@ -64,7 +64,7 @@ class PixelNetwork(nn.Module):
         size: (height, width) of the images.
         width: maps within.
         blocks: number of residual blocks.
-        dropout: the probability with which training leaves out a number within a block.
+        dropout: the probability with which training leaves out a map within a block.
         before: what the images go through first, or None.
 
     Example:
@@ -93,7 +93,7 @@ class PixelNetwork(nn.Module):
                 nn.SiLU(),
                 nn.Conv2d(width, width, 3, padding=1),
                 nn.SiLU(),
-                nn.Dropout(dropout),
+                nn.Dropout2d(dropout),
                 nn.Conv2d(width, width, 1),
             )
             for _ in range(blocks)
@@ -104,7 +104,8 @@ class PixelNetwork(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Maps of shape (B, outputs, height, width)."""
         h = self.before(images).contiguous(memory_format=torch.channels_last)
-        h = self.first(h) + self.place
+        h = self.first(h)
+        h = h + self.place.to(h.dtype)
         for block in self.blocks:
             h = h + block(h)
         maps: Tensor = self.last(F.silu(h))
