@@ -40,8 +40,9 @@ if TYPE_CHECKING:
     from nflows_mongeampere.training import History
     from nflows_mongeampere.training.optimizers import FullMatrixSOAP
 
-# Two actions are the same if they differ by less than this part of their size, in float32.
-SAME = 1e-4
+# Two actions are the same if they differ by less than this part of their size, in float64 and, where
+# an action cannot take that, in float32.
+SAME = {torch.float64: 1e-6, torch.float32: 1e-4}
 
 # Fields on which the best Gaussian is found; half of them are the negatives of the others.
 GAUSSIAN_FIELDS = 512
@@ -380,6 +381,9 @@ class _Fixed:
 def symmetries(target: Any, parameters: Sequence[float] = ()) -> Symmetries:
     """Find the symmetries of a target, by its log-density at a few random fields.
 
+    Some have a mean of zero and some of one, where terms of odd powers add up. The log-densities of
+    two fields are the same if they differ by less than 1e-6 of their size.
+
     Args:
         target: an object with ``log_prob`` and ``shape``.
         parameters: values of its parameter, at all of which they hold; none where it has none.
@@ -390,17 +394,22 @@ def symmetries(target: Any, parameters: Sequence[float] = ()) -> Symmetries:
     """
     shape = _shape(target)
     generator = torch.Generator().manual_seed(0)
-    fields = torch.randn(4, *shape, generator=generator)
+    fields = torch.randn(4, *shape, generator=generator).double()
+    fields = torch.cat([fields, fields + 1])
     members = [_Fixed(target, value) for value in parameters] or [target]
 
     def log_probs(fields: Tensor) -> Tensor:
         return torch.stack([target_log_prob(member, fields.flatten(1)) for member in members])
 
-    expected = log_probs(fields)
+    try:
+        expected = log_probs(fields)
+    except RuntimeError:  # an action with tables in float32
+        fields = fields.float()
+        expected = log_probs(fields)
 
     def kept(images: Tensor) -> bool:
-        found = log_probs(images)
-        return bool(((found - expected).abs() <= SAME * (1 + expected.abs())).all())
+        change = (log_probs(images) - expected).abs()
+        return bool((change <= SAME[fields.dtype] * (1 + expected.abs())).all())
 
     boundary = _boundary(target)
     for dimension in range(1, len(shape) + 1) if boundary == "periodic" else ():
@@ -415,16 +424,16 @@ def symmetries(target: Any, parameters: Sequence[float] = ()) -> Symmetries:
 
     def mirrored(entries: Tensor, dims: list[int], periodic: bool) -> Tensor:
         """Reversed, and moved so that the first entry of what is periodic stays where it is."""
-        return entries.flip(dims).roll([1] * len(dims), dims) if periodic else entries.flip(dims)
+        for d in dims:
+            entries = entries.flip(d).roll(1, d) if periodic else entries.flip(d)
+        return entries
 
     rows, moves = fields.flatten(1), [distances]
-    for dims in [*([d] for d in every), every]:
-        images = mirrored(sites, dims, boundary == "periodic")
-        if kept(rows[:, images.flatten()]):
-            moves.append(mirrored(distances, dims, True))
-    for d, e in itertools.combinations(every, 2):
-        if shape[d] == shape[e] and kept(rows[:, sites.transpose(d, e).flatten()]):
-            moves.append(distances.transpose(d, e))
+    subsets = [[d for d in every if chosen >> d & 1] for chosen in range(2 ** len(every))]
+    for axes, dims in itertools.product(itertools.permutations(every), subsets):
+        images = mirrored(sites.permute(axes), dims, boundary == "periodic")
+        if images.shape == sites.shape and kept(rows[:, images.flatten()]):
+            moves.append(mirrored(distances.permute(axes), dims, True))
     group = Group.generated_by([move.flatten() for move in moves])
     return Symmetries(kept(-fields), group)
 
@@ -508,7 +517,9 @@ def train(
     smaller_first: bool = True,
     name: str = "training",
 ) -> History:
-    """Train a flow towards a target by its variational free energy, and leave it for evaluation.
+    """Train a flow towards a target by its variational free energy.
+
+    It is left on the CPU, in evaluation mode.
 
     Path gradients, a solver that is watched, a learning rate that falls to zero over the budget. In
     the end the solver takes as many steps as make the free energy stand still to 0.002 nats. An
@@ -521,15 +532,16 @@ def train(
         flow: what is trained.
         target: an object with ``log_prob`` and ``shape``; with ``resized(shape)``, which gives the
             same target on another lattice, smaller lattices come first.
-        folder: for checkpoints and metrics, as in :func:`~nflows_mongeampere.training.fit`.
+        folder: for checkpoints and metrics, as in :func:`~nflows_mongeampere.training.fit`. One that
+            holds a finished training is read; another flow or target needs another folder.
         minutes: the budget in wall-clock time, and
         steps: in steps of the optimiser on each lattice; at least one of them.
         num_samples: fields in each step.
         learning_rate: the highest, see :func:`make_optimizer`.
         path_gradient: as in :class:`~nflows_mongeampere.training.ReverseKL`.
         seed: of everything that is random in a step.
-        smaller_first: whether smaller lattices come first; leave it out for an action that is
-            written for one shape.
+        smaller_first: whether smaller lattices come first; False for an action that is written for
+            one shape, such as one with a table of momenta.
         name: what stands before the progress bar.
 
     Returns:
@@ -542,12 +554,13 @@ def train(
     history = _descend(flow, target, Path(folder), plan, name)
     # without a parameter of the action, fields alone
     context = None if flow.parameter is None else flow.parameter.grid(JUDGED)
-    torch.manual_seed(seed)
-    settled = converged(
-        flow,
-        lambda: weigh(flow, target, JUDGED, context=context).free_energy.value,
-        SETTLED,
-    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        settled = converged(
+            flow,
+            lambda: weigh(flow, target, JUDGED, context=context).free_energy.value,
+            SETTLED,
+        )
     for piece in flow.pieces:
         piece.steps *= settled.factor
     return history
@@ -595,7 +608,7 @@ def _descend(
     half = tuple(side // 2 for side in shape)
     even = all(side % 2 == 0 for side in shape) and min(half) >= SHORTEST
     if plan.smaller_first and flow.new and even and hasattr(target, "resized"):
-        below = target.resized(half)
+        below = _resized(target, half)
         nodes = [] if flow.parameter is None else flow.parameter.nodes
         smaller = flow.resized(half, symmetries(below, nodes).group)
         log_scale, mean = smaller.best_gaussian(below)
@@ -633,6 +646,17 @@ def _descend(
     restore(objective, folder / "last.ckpt")
     flow.cpu().eval()
     return history
+
+
+def _resized(target: Any, shape: tuple[int, ...]) -> Any:
+    """A target on a smaller lattice, where a flow learns first."""
+    try:
+        return target.resized(shape)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise ValueError(
+            f"target: its action fails on a lattice of shape {shape}, on which the flow would learn "
+            f"first ({error}); write it for any shape, or give smaller_first=False"
+        ) from error
 
 
 def _padded(kernels: Tensor, shape: tuple[int, ...], larger: tuple[int, ...]) -> Tensor:

@@ -39,6 +39,17 @@ def free(phi: Tensor, weights: tuple[float, ...] = (1.0, 1.0)) -> Tensor:
     return bonds(phi, weights) + phi.square().flatten(1).sum(1)
 
 
+def turned(phi: Tensor) -> Tensor:
+    """Bonds of a knight's move, which turn with the square and have no mirror."""
+    moves = ((1, 2), (-2, 1))
+    return free(phi) + sum((phi * phi.roll(m, (1, 2))).sum((1, 2)) for m in moves)
+
+
+def skewed(phi: Tensor) -> Tensor:
+    """Neighbours to the left are not those to the right."""
+    return free(phi) + (phi.pow(4) + 0.5 * phi.pow(3) * phi.roll(1, 1)).sum((1, 2))
+
+
 def randomised(flow: LatticeFlow) -> LatticeFlow:
     """In float64, with kernels, amplitudes and scales that are drawn at random."""
     for name, parameter in flow.double().named_parameters():
@@ -79,8 +90,23 @@ def test_the_density_has_the_symmetries_of_the_lattice(shape, even, boundary):
             True,
             4,
         ),
+        ((5, 5), turned, True, 4),
+        ((4, 4), skewed, True, 2),
+        # as weak as matters near a critical point
+        ((16, 16), lambda phi: free(phi) + 1e-3 * phi.sum((1, 2)), False, 8),
+        ((16, 16), lambda phi: free(phi, (1.0, 1.001)), True, 4),
+        # by a table that takes no other precision
+        (
+            (4, 4),
+            lambda phi: free(phi) + (phi.flatten(1) @ torch.eye(16)).pow(4).sum(1),
+            True,
+            8,
+        ),
     ],
-    ids=["square", "rectangle", "anisotropic", "layers", "odd", "diagonal"],
+    ids=[
+        *("square", "rectangle", "anisotropic", "layers", "odd", "diagonal"),
+        *("turned", "skewed", "weakly odd", "weakly anisotropic", "in float32 alone"),
+    ],
 )
 def test_the_symmetries_of_an_action_are_found(shape, action, even, order):
     target = LatticeAction(shape, action)
@@ -226,6 +252,15 @@ def test_other_mistakes_name_the_argument():
     with pytest.raises(ValueError, match=r"^target: no Gaussian|^action: got NaN or minus"):
         LatticeFlow.towards(LatticeAction((2, 2), lambda phi: -phi.pow(4).sum((1, 2))))
     assert isinstance(LatticeFlow((2, 2)).group, Group)
+
+
+def test_an_action_of_one_shape_alone(tmp_path):
+    table = torch.ones(12, 12)
+    target = LatticeAction((12, 12), lambda phi: free(phi) + (table * phi.pow(4)).sum((1, 2)))
+    flow = LatticeFlow.towards(target, pieces=1)
+    with pytest.raises(ValueError, match=r"^target: .*\(6, 6\).*smaller_first=False"):
+        train(flow, target, tmp_path / "small", steps=1)
+    train(flow, target, tmp_path / "whole", steps=1, smaller_first=False)
 
 
 def trained(target: LatticeAction, folder, steps: int):

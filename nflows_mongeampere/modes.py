@@ -39,7 +39,8 @@ class LatticeModes(Transform):
             :func:`torch.fft.fftn`; what the group does not leave alone is averaged.
         mean: m at the start, or None for a mean that stays zero.
         group: which modes have the same scale; the point group of the lattice unless given, and the
-            exchanges of axes of the same length for an open one.
+            exchanges of axes of the same length for an open one. Modes k and -k of a periodic
+            lattice always do, since fields are real.
         context_features: width of the context, or None.
         boundary: ``"periodic"`` or ``"open"``.
 
@@ -82,7 +83,12 @@ class LatticeModes(Transform):
         self.group = group
         self.log_scale = nn.Parameter(log_scale.detach().clone())
         # a wave may change its sign, and its scale does not
-        invariants = Invariants(Group.generated_by(group.permutations), sides)
+        elements = [*group.permutations]
+        if boundary == "periodic":
+            every = tuple(range(len(sides)))
+            modes = torch.arange(math.prod(sides), device="cpu").reshape(sides)
+            elements.append(modes.flip(every).roll([1] * len(sides), every).flatten())
+        invariants = Invariants(Group.generated_by(elements), sides)
         register_parametrization(self, "log_scale", invariants)
         self.mean: nn.Parameter | None = None
         self.context_mean: nn.Parameter | None = None

@@ -26,7 +26,7 @@ def open_folder(out: Path, config: dict[str, Any], overwrite: bool) -> None:
     if out.is_dir() and any(out.iterdir()):
         found = json.loads(description.read_text()) if description.is_file() else None
         if overwrite and found is not None:
-            for path in (out / "last.ckpt", out / "best.ckpt", out / "results.json"):
+            for path in (*out.rglob("*.ckpt"), out / "results.json"):
                 path.unlink(missing_ok=True)
         elif found is None:
             raise ValueError(f"--out: {out} holds other files; name an empty or a new folder")
@@ -57,7 +57,8 @@ def command() -> str:
     for word in rest:
         name, _, value = word.partition("=")
         if name in ("--out", "--data-dir"):
-            value or next(rest, None)
+            if not value:
+                next(rest, None)
         elif name != "--overwrite":
             words.append(word)
     return shlex.join(words)

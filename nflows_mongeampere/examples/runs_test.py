@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from nflows_mongeampere.examples.runs import command
+from nflows_mongeampere.examples.runs import command, open_folder, write_json
 
 
 @pytest.mark.parametrize(
@@ -20,3 +20,13 @@ def test_the_command_leaves_out_what_names_folders(given, expected, monkeypatch)
     program = str(Path("examples") / "benchmarks" / "speed.py")
     monkeypatch.setattr(sys, "argv", [program, *given])
     assert command() == "python examples/benchmarks/speed.py" + expected
+
+
+def test_overwriting_a_run_leaves_no_checkpoint_to_go_on_from(tmp_path):
+    open_folder(tmp_path, {"seed": 0}, overwrite=False)
+    (tmp_path / "8x8").mkdir()
+    for name in ("last.ckpt", "8x8/last.ckpt", "8x8/best.ckpt"):
+        (tmp_path / name).write_text("weights")
+    write_json(tmp_path / "results.json", {})
+    open_folder(tmp_path, {"seed": 1}, overwrite=True)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["config.json"]

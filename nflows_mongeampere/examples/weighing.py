@@ -40,7 +40,8 @@ def settled(
     def judged() -> Estimate:
         return free_energy(weigh(flow, target, few, context=context))
 
-    error = judged().error * (few / count) ** 0.5 / target.sites
+    with torch.random.fork_rng(devices=[]):  # the same samples once more
+        error = judged().error * (few / count) ** 0.5 / target.sites
     tolerance = min(TOLERANCE, error / 10)
     return converged(flow, lambda: judged().value / target.sites, tolerance)
 
