@@ -30,7 +30,7 @@ from nflows_mongeampere.examples.weighing import settled
 from nflows_mongeampere.lattices import LatticeFlow, train
 from nflows_mongeampere.models import transports
 from nflows_mongeampere.targets import CRITICAL_TEMPERATURE, Ising
-from nflows_mongeampere.targets.spins import spin_observables
+from nflows_mongeampere.targets.spins import means, spin_observables
 from nflows_mongeampere.training import DivergenceError, History
 from nflows_mongeampere.variational import Estimate, weigh
 
@@ -47,16 +47,17 @@ class Results:
         minutes: of training, validation included.
         steps: of the optimiser.
         free_energy: the variational one, with its standard error.
-        free_energy_double_steps: the same at twice the solver's steps, from the same noise.
+        free_energy_double_steps: the same with the change at twice the solver's steps, that of the
+            first 1,000 samples.
         exact: its value; ``gap`` is how far the variational one lies above it.
         ess: the effective sample size as a part of the samples.
         free_energy_corrected: by the weights of the samples.
         samples: how many were drawn for all this.
-        spins: free energy over T, specific heat, magnetisation, susceptibility and Binder's ratio
+        spins: free energy over T, specific heat, magnetisation, susceptibility and Binder cumulant
             of the spins, by the weights, with standard errors; the exact free energy of the spins
             and the magnetisation by cluster Monte Carlo beside them.
-        energy, structure: the energy per site and ``S(k)`` at the smallest k, by the weights, with
-            their standard errors, and the same from cluster Monte Carlo.
+        energy, structure: the energy of the spins per site and ``S(k)`` at the smallest k, by the
+            weights, with their standard errors, and the same from cluster Monte Carlo.
         acceptance: of an independence Metropolis-Hastings chain.
         autocorrelation_time: of the energy in that chain, in steps.
         solver_steps: of each Monge-Ampère transform.
@@ -101,9 +102,7 @@ def judge(
         energy, chain = target.energy(samples.x), samples.chain()
         draw_path(flow, target, seed, out)
     free_energy, corrected = samples.free_energy, samples.corrected_free_energy
-    modes = target.structure_factor(samples.x).flatten(1).unbind(1)
-    structure = torch.tensor([samples.mean(mode) for mode in modes])
-    values, errors = (part.view(target.length, target.length) for part in structure.unbind(1))
+    values, errors = means(samples, target.structure_factor(samples.x))
     known = reference(target, sweeps=max(2000, count), seed=seed)
     draw_learning(history, target, out)
     draw_samples(samples, target, seed, out)

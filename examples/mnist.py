@@ -280,9 +280,7 @@ def main(
         int, typer.Option(min=10, max=10_000, help="Fewer than all for a quick look alone.")
     ] = 10_000,
     samples: Annotated[int, typer.Option(min=64, help="That are drawn.")] = 64,
-    processes: Annotated[
-        int, typer.Option(min=1, help="That share each batch, with the same result.")
-    ] = 1,
+    processes: Annotated[int, typer.Option(min=1, help="That share each batch.")] = 1,
     overwrite: Annotated[bool, typer.Option(help="Begin anew in a folder with a run.")] = False,
 ) -> None:
     """Train a flow on images, evaluate it on the test set and draw what it does."""

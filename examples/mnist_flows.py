@@ -61,8 +61,8 @@ class Preset:
         clip: largest norm of the gradient.
         solver_tolerance: nats, above which training takes more of the solver's steps.
         linear_rate: learning rate of linear transforms, relative to the rest.
-        kernel_rate: learning rate of the kernels within networks, which Muon turns; None leaves
-            them to Adam, as the rest.
+        kernel_rate: learning rate of Muon, for the kernels within networks; None leaves them to
+            Adam, as the rest.
         precision: of the networks in training, as Lightning calls it; flows keep theirs.
         shift: pixels by which digits are moved in training, at most; fewer digits as it goes on.
     """

@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from nflows_mongeampere.training import History
     from nflows_mongeampere.training.optimizers import FullMatrixSOAP
 
-# Two actions are the same if they differ by less than this part of their size, in float64 and, where
-# an action cannot take that, in float32.
+# Two actions are the same if they differ by less than this part of their size, in float64 or, where
+# one takes no float64, in float32.
 SAME = {torch.float64: 1e-6, torch.float32: 1e-4}
 
 # Fields on which the best Gaussian is found; half of them are the negatives of the others.
@@ -532,8 +532,8 @@ def train(
         flow: what is trained.
         target: an object with ``log_prob`` and ``shape``; with ``resized(shape)``, which gives the
             same target on another lattice, smaller lattices come first.
-        folder: for checkpoints and metrics, as in :func:`~nflows_mongeampere.training.fit`. One that
-            holds a finished training is read; another flow or target needs another folder.
+        folder: for checkpoints and metrics, as in :func:`~nflows_mongeampere.training.fit`. One
+            that holds a finished training is read: another flow or target needs another folder.
         minutes: the budget in wall-clock time, and
         steps: in steps of the optimiser on each lattice; at least one of them.
         num_samples: fields in each step.
@@ -654,7 +654,7 @@ def _resized(target: Any, shape: tuple[int, ...]) -> Any:
         return target.resized(shape)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise ValueError(
-            f"target: its action fails on a lattice of shape {shape}, on which the flow would learn "
+            f"target: its action fails on a lattice of shape {shape}, where the flow would learn "
             f"first ({error}); write it for any shape, or give smaller_first=False"
         ) from error
 

@@ -55,8 +55,8 @@ class AsImages(Transform):
 class PixelNetwork(nn.Module):
     """A residual convolutional network that knows where in the image it is.
 
-    A 5×5 convolution, a map of its own for each place, ``blocks`` of a 3×3 and a 1×1 convolution,
-    and a 1×1 convolution at the end.
+    A 5×5 convolution, a bias for each map and place, ``blocks`` of a 3×3 and a 1×1 convolution, and
+    a 1×1 convolution at the end.
 
     Args:
         channels: of the images that it sees.
@@ -145,10 +145,10 @@ def coarse_to_fine(
             (height, width) of both.
         hidden_features: ridges of each number that flows.
         context_channels: maps of context for each number that flows.
-        span: pixels lie within ± ``span`` or not far beyond; ridges start to bend there. Give their
-            slopes (``potential.weight``) a small learning rate: they sharpen until a solver misses
-            them.
-        stiffness: of the potentials; about twice the solver's steps in a unit of time.
+        span: pixels lie within ± ``span`` or not far beyond; ridges start to bend all over 1.5
+            times that. Give their slopes (``potential.weight``) a small learning rate: they
+            sharpen until a solver misses them.
+        stiffness: of the potentials; at most about four times the solver's steps in a unit of time.
         **settings: those of :class:`~nflows_mongeampere.MongeAmpereTransform`: ``steps``, ...
 
     Raises:

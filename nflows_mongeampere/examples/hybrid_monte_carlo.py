@@ -24,7 +24,7 @@ RUNAWAY = 1e3
 class HybridMonteCarlo:
     r"""Chains that follow Hamilton's equations of an action with random momenta.
 
-    .. math:: \dot\phi = \pi, \qquad \dot\pi = -\partial S / \partial \phi
+    .. math:: \dot\phi = p, \qquad \dot p = -\partial S / \partial \phi
 
     by the leapfrog method, each trajectory accepted with probability
     :math:`\min(1, e^{-\Delta H})`. Duane, Kennedy, Pendleton and Roweth, Phys. Lett. B 195, 216
@@ -114,12 +114,12 @@ class HybridMonteCarlo:
 
 
 def flip_clusters(phi: Tensor, generator: torch.Generator) -> Tensor:
-    r"""Flip clusters of the signs of φ⁴ fields on periodic square lattices, as they are likely.
+    r"""Flip clusters of the signs of φ⁴ fields on periodic square lattices.
 
     The signs are spins of an Ising model with couplings :math:`2 |\phi_x \phi_y|`, which the
     clusters of Swendsen and Wang update: neighbours of one sign belong together with probability
     :math:`1 - e^{-4 \phi_x \phi_y}`, and each cluster takes either sign. Hybrid Monte Carlo alone
-    takes hundreds of trajectories to turn a critical field of 64 sites a side. Brower and Tamayo,
+    takes hundreds of trajectories to turn a field of 64 sites a side. Brower and Tamayo,
     Phys. Rev. Lett. 62, 1087 (1989).
 
     Args:

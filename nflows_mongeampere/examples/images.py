@@ -160,7 +160,7 @@ class Quantile(Transform):
     Args:
         weights: of the clusters.
         means: of the clusters, rising.
-        eps: x is kept as far from 0 and 1.
+        eps: x is clamped to [eps, 1 - eps].
     """
 
     grid: Tensor
@@ -208,7 +208,7 @@ class Marginals(PiecewiseLinearCDF):
     Args:
         levels: the training images, integers from 0 to ``number - 1``, shape (N, D).
         number: of grey levels.
-        prior: images of which every grey level is given, spread evenly over the pixels' levels.
+        prior: a pseudo-count, added to every grey level of every pixel.
         shared: whether all pixels share the histogram of all.
     """
 

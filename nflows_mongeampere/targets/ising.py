@@ -32,8 +32,8 @@ class Ising(Lattice):
     .. math:: E(s) = -\sum_{\langle ij \rangle} J_{ij} s_i s_j - H \sum_i s_i,
               \qquad -\frac{E}{T} = \tfrac12 s^T K s + h \sum_i s_i,
 
-    :math:`K = J / T`, :math:`h = H / T`. A Gaussian integral over fields x takes the spins apart,
-    and the sum over them leaves the density
+    :math:`K = J / T`, :math:`h = H / T`. The Hubbard-Stratonovich transformation, a Gaussian
+    integral over fields x, decouples the spins, and the sum over them leaves the density
 
     .. math:: \ln \pi(x) = -\tfrac12 x^T (K + \alpha I)^{-1} x + \sum_i \ln \cosh(x_i + h),
               \qquad \langle s_i \mid x \rangle = \tanh(x_i + h),

@@ -82,8 +82,8 @@ def spin_observables(target: Ising, samples: WeightedSamples) -> SpinObservables
         magnetisation=samples.mean(absolute / sites),
         susceptibility=of(lambda a, s: (s - a**2) / (sites * temperature), absolute, second),
         binder=of(lambda s, f: 1 - f / (3 * s**2), second, fourth),
-        distribution=_means(samples, chances),
-        correlation=_means(samples, correlation),
+        distribution=means(samples, chances),
+        correlation=means(samples, correlation),
     )
 
 
@@ -166,8 +166,8 @@ def _energies(target: Ising, mean: Tensor) -> tuple[Tensor, Tensor]:
     return energy, energy**2 + variance
 
 
-def _means(samples: WeightedSamples, values: Tensor) -> tuple[Tensor, Tensor]:
-    """The weighted mean of each of many observables, (N, ...), and its error."""
+def means(samples: WeightedSamples, values: Tensor) -> tuple[Tensor, Tensor]:
+    """The weighted mean of each of many observables and its error, of shape (...) for (N, ...)."""
     share = samples.log_weights.softmax(0).to(values)
     mean = torch.tensordot(share, values, 1)
     error = torch.tensordot(share.square(), (values - mean).square(), 1).sqrt()
