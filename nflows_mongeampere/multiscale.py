@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from nflows_mongeampere import validation
 from nflows_mongeampere.coupling import MongeAmpereCouplingTransform
 from nflows_mongeampere.potentials import PixelwisePotential
 
-Network = Callable[[int, int, tuple[int, int]], nn.Module]
+Network = Callable[..., nn.Module]
 
 # of the four pixels of a square, in the order in which they flow; the last one stays
 ORDER = (2, 1, 3, 0)
@@ -66,6 +67,8 @@ class PixelNetwork(nn.Module):
         blocks: number of residual blocks.
         dropout: the probability with which training leaves out a map within a block.
         before: what the images go through first, or None.
+        context_features: width of a context of the whole image, such as its class, which moves the
+            biases of the first convolution; or None to ignore one.
 
     Example:
         >>> import torch
@@ -83,6 +86,7 @@ class PixelNetwork(nn.Module):
         blocks: int = 2,
         dropout: float = 0.0,
         before: nn.Module | None = None,
+        context_features: int | None = None,
     ) -> None:
         super().__init__()
         self.before = nn.Identity() if before is None else before
@@ -99,13 +103,16 @@ class PixelNetwork(nn.Module):
             for _ in range(blocks)
         )
         self.last = nn.Conv2d(width, outputs, 1)
+        self.context = None if context_features is None else nn.Linear(context_features, width)
         self.to(memory_format=torch.channels_last)  # faster on a CPU
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, context: Tensor | None = None) -> Tensor:
         """Maps of shape (B, outputs, height, width)."""
         h = self.before(images).contiguous(memory_format=torch.channels_last)
         h = self.first(h)
         h = h + self.place.to(h.dtype)
+        if self.context is not None:
+            h = h + self.context(context)[:, :, None, None]
         for block in self.blocks:
             h = h + block(h)
         maps: Tensor = self.last(F.silu(h))
@@ -120,6 +127,7 @@ def coarse_to_fine(
     context_channels: int = 16,
     span: float = 3.0,
     stiffness: float = 8.0,
+    context_features: int | None = None,
     **settings: Any,
 ) -> MultiscaleCompositeTransform:
     r"""A multi-scale flow of images, in which each pixel moves once, given all coarser ones.
@@ -142,13 +150,15 @@ def coarse_to_fine(
     Args:
         shape: (C, height, width) of one image.
         network: makes a network from the channels that it sees, the maps that it returns and the
-            (height, width) of both.
+            (height, width) of both; and from the keyword ``context_features``, if that is given.
         hidden_features: ridges of each number that flows.
         context_channels: maps of context for each number that flows.
         span: pixels lie within ± ``span`` or not far beyond; ridges start to bend all over 1.5
             times that. Give their slopes (``potential.weight``) a small learning rate: they
             sharpen until a solver misses them.
         stiffness: of the potentials; at most about four times the solver's steps in a unit of time.
+        context_features: width of a context, such as a class, in which all networks draw; or None
+            to ignore one.
         **settings: those of :class:`~nflows_mongeampere.MongeAmpereTransform`: ``steps``, ...
 
     Raises:
@@ -162,7 +172,10 @@ def coarse_to_fine(
         (torch.Size([5, 64]), torch.Size([5]))
     """
     channels, height, width = validation.shape("shape", shape, 3)
-    make = _Couplings(network, hidden_features, context_channels, span, stiffness, settings)
+    context_features = validation.optional_integer("context_features", context_features)
+    given = {} if context_features is None else {"context_features": context_features}
+    network, dense = partial(network, **given), partial(_Dense, **given)
+    make = _Couplings(network, dense, hidden_features, context_channels, span, stiffness, settings)
     layers: list[tuple[Transform, tuple[int, ...]]] = []
     while height % 2 == 0 and width % 2 == 0 and channels * height * width > 4:
         height, width = size = height // 2, width // 2
@@ -191,13 +204,15 @@ class _Couplings:
     def __init__(
         self,
         network: Network,
+        dense: Network,
         ridges: int,
         maps: int,
         span: float,
         stiffness: float,
         settings: dict[str, Any],
     ) -> None:
-        self._network, self._stiffness, self._settings = network, stiffness, settings
+        self._network, self._dense = network, dense
+        self._stiffness, self._settings = stiffness, settings
         self._ridges = validation.integer("hidden_features", ridges)
         self._maps = validation.integer("context_channels", maps)
         self._span = validation.positive("span", span)
@@ -227,7 +242,7 @@ class _Couplings:
             moving = int(black.sum())
             layers.append(
                 MongeAmpereCouplingTransform(
-                    black, _dense, self._potential((1, moving, 1), 1), **self._settings
+                    black, self._dense, self._potential((1, moving, 1), 1), **self._settings
                 )
             )
         return CompositeTransform(layers)
@@ -251,13 +266,23 @@ class _Behind(nn.Module):
         super().__init__()
         self.channels, self.network = channels, network
 
-    def forward(self, images: Tensor) -> Tensor:
-        maps: Tensor = self.network(images[:, self.channels :])
+    def forward(self, images: Tensor, *context: Tensor) -> Tensor:
+        maps: Tensor = self.network(images[:, self.channels :], *context)
         return maps
 
 
-def _dense(features: int, outputs: int) -> nn.Module:
+class _Dense(nn.Sequential):
     """A network of two hidden layers."""
-    width = 128
-    hidden = (nn.Linear(features, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
-    return nn.Sequential(*hidden, nn.Linear(width, outputs))
+
+    def __init__(self, features: int, outputs: int, context_features: int | None = None) -> None:
+        width = 128
+        first = nn.Linear(features + (context_features or 0), width)
+        hidden = (first, nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        super().__init__(*hidden, nn.Linear(width, outputs))
+        self._conditional = context_features is not None
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        if self._conditional and context is not None:
+            x = torch.cat([x, context], 1)
+        outputs: Tensor = super().forward(x)
+        return outputs

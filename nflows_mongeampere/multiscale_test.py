@@ -70,15 +70,35 @@ def test_networks_are_evaluated_once():
     calls = []
 
     class Counted(PixelNetwork):
-        def forward(self, images):
+        def forward(self, images, context=None):
             calls.append(images.shape[1:])
-            return super().forward(images)
+            return super().forward(images, context)
 
     flow = coarse_to_fine((1, 8, 8), Counted, steps=5)
     noise, _ = flow(torch.randn(2, 1, 8, 8))
     assert calls == [(known, size, size) for size in (4, 2) for known in (3, 2, 1)]
     flow.inverse(noise)
     assert len(calls) == 12
+
+
+def test_a_context_moves_every_pixel():
+    """Each image flows in its own context, there and back; the exact log-determinant."""
+    flow = build((1, 4, 4), context_features=2)
+    x, context = torch.randn(2, 1, 4, 4).double(), torch.randn(2, 2).double()
+    noise, logabsdet = flow(x, context)
+    close(flow.inverse(noise, context)[0], x, tolerance=1e-4)
+    other = flow(x, context.flip(0))[0]
+    assert ((other - noise).abs() > 1e-6).all()
+    for image, row, expected in zip(x, context, logabsdet, strict=True):
+        found = torch.autograd.functional.jacobian(
+            lambda x, c=row: flow(x[None], c[None])[0][0], image
+        ).flatten(1)
+        close(torch.linalg.slogdet(found)[1], expected, tolerance=1e-4)
+
+
+def test_a_flow_without_context_features_ignores_a_context():
+    flow, x = build((1, 4, 4)), torch.randn(2, 1, 4, 4).double()
+    assert torch.equal(flow(x, torch.ones(2, 3))[0], flow(x)[0])
 
 
 def test_networks_see_images_through_what_is_before():
@@ -110,6 +130,7 @@ def test_rows_and_images():
         ({"hidden_features": 0}, "hidden_features: got 0"),
         ({"context_channels": -1}, "context_channels: got -1"),
         ({"span": 0.0}, "span: got 0.0"),
+        ({"context_features": 0}, "context_features: got 0"),
         ({"steps": 0}, "steps: got 0"),
     ],
 )
