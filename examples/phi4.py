@@ -35,7 +35,14 @@ from phi4_pictures import draw_learning, draw_samples, draw_two_point
 MASS_SQUARED = -4.0
 # λ at which the correlation length is about L / 4, arXiv:2207.00283
 COUPLINGS = {
-    **{6: 6.975, 8: 6.008, 10: 5.55, 12: 5.276, 14: 5.113, 20: 4.807, 32: 4.572, 64: 4.398},
+    6: 6.975,
+    8: 6.008,
+    10: 5.55,
+    12: 5.276,
+    14: 5.113,
+    20: 4.807,
+    32: 4.572,
+    64: 4.398,
 }
 SAMPLES = 10_000  # drawn from a trained flow for its figures
 
@@ -165,7 +172,7 @@ def judge(
     )
 
 
-def run(config: dict[str, Any], out: Path, overwrite: bool) -> Results:
+def run(config: dict[str, Any], out: Path, overwrite: bool) -> dict[str, Any]:
     """One lattice, from noise to its results."""
     target = Phi4(config["length"], MASS_SQUARED, config["lambda"])
     open_folder(out, config, overwrite)
@@ -176,7 +183,7 @@ def run(config: dict[str, Any], out: Path, overwrite: bool) -> Results:
     results = judge(flow, target, config, history, out)
     values = {"lambda" if k == "coupling" else k: v for k, v in asdict(results).items()}
     write_json(out / "results.json", values)
-    return results
+    return values
 
 
 def main(
@@ -211,9 +218,8 @@ def main(
     }
     start = time.monotonic()
     with one_line_errors(ValueError, OSError, DivergenceError):
-        run(config, out or Path("runs") / f"phi4-{length}", overwrite)
-    folder = out or Path("runs") / f"phi4-{length}"
-    typer.echo(json.dumps(json.loads((folder / "results.json").read_text()), indent=2))
+        results = run(config, out or Path("runs") / f"phi4-{length}", overwrite)
+    typer.echo(json.dumps(results, indent=2))
     typer.echo(f"{(time.monotonic() - start) / 60:.1f} minutes in all, {os.cpu_count()} cores")
 
 
