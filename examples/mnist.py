@@ -40,6 +40,7 @@ from nflows_mongeampere.examples.patches import load_patches
 from nflows_mongeampere.examples.pictures import draw_rows, mosaic, save_figure
 from nflows_mongeampere.examples.runs import (
     command,
+    fast_bfloat16,
     one_line_errors,
     open_folder,
     peak_memory,
@@ -75,6 +76,7 @@ class Results:
 
     Attributes:
         parameters: how many are trained.
+        precision: of the networks in training, as Lightning calls it.
         minutes: of training, validation included.
         steps: of the optimiser, up to the checkpoint that the validation set chose.
         nll: mean over the test images and the draws of dequantisation noise.
@@ -90,6 +92,7 @@ class Results:
     preset: str
     seed: int
     parameters: int
+    precision: str
     minutes: float
     steps: int
     nll: float
@@ -191,8 +194,9 @@ def run(
     digits = config["data"] == "mnist"
     images = load_mnist(data_dir) if digits else load_patches()
     open_folder(out, config, overwrite)
-    before = resident_memory()
+    before, threads = resident_memory(), torch.get_num_threads()
     preset, seed = PRESETS[config["preset"]], config["seed"]
+    precision = preset.precision if fast_bfloat16() else "32-true"
     torch.manual_seed(seed)
     flow = Flow(CompositeTransform(preset.build(images.train)), StandardNormal([FEATURES]))
     objective = MaximumLikelihood(
@@ -221,11 +225,12 @@ def run(
         name=config["preset"],
         callbacks=[SolverGuard(preset.solver_tolerance)],
         gradient_clip_val=preset.clip,
-        precision=preset.precision,
+        precision=precision,
         **(several(processes) if processes > 1 else {}),
     )
     if int(os.environ.get("LOCAL_RANK", 0)) > 0:
-        raise typer.Exit  # the first process goes on alone
+        raise typer.Exit  # the first process goes on alone, with the cores of all
+    torch.set_num_threads(threads)
     flow = flow.cpu().eval()
     best = min(history.rows, key=lambda row: row["validation"])
     draw_learning(history, config["preset"], PUBLISHED if digits else {}, out)
@@ -241,6 +246,7 @@ def run(
         preset=config["preset"],
         seed=seed,
         parameters=sum(p.numel() for p in flow.parameters() if p.requires_grad),
+        precision=precision,
         minutes=history.rows[-1]["minutes"],
         steps=int(best["step"]),
         reconstruction_error=error,

@@ -63,7 +63,8 @@ class Preset:
         linear_rate: learning rate of linear transforms, relative to the rest.
         kernel_rate: learning rate of Muon, for the kernels within networks; None leaves them to
             Adam, as the rest.
-        precision: of the networks in training, as Lightning calls it; flows keep theirs.
+        precision: of the networks in training, as Lightning calls it, where the machine is fast in
+            it; flows keep theirs.
         shift: pixels by which digits are moved in training, at most; fewer digits as it goes on.
     """
 

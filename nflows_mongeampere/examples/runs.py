@@ -70,6 +70,16 @@ def write_results(folder: Path, **figures: Any) -> None:
     write_json(folder / "results.json", {"command": command(), **machine, **figures})
 
 
+def fast_bfloat16() -> bool:
+    """Whether the machine has instructions for bfloat16; without, it is many times slower."""
+    if torch.cuda.is_available():
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if not hasattr(torch.cpu, "get_capabilities"):  # older than 2.10
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return any(bool(capabilities.get(name)) for name in ("amx_bf16", "avx512_bf16"))
+
+
 @contextmanager
 def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
     """Show errors that the user can mend in one line, and end with code 2."""

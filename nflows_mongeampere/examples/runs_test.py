@@ -2,8 +2,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from nflows_mongeampere.examples.runs import command, open_folder, write_json
+from nflows_mongeampere.examples.runs import command, fast_bfloat16, open_folder, write_json
 
 
 @pytest.mark.parametrize(
@@ -30,3 +31,24 @@ def test_overwriting_a_run_leaves_no_checkpoint_to_go_on_from(tmp_path):
     write_json(tmp_path / "results.json", {})
     open_folder(tmp_path, {"seed": 1}, overwrite=True)
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ({"avx2": True, "avx512_bf16": False, "amx_bf16": False}, False),
+        ({"avx2": True, "avx512_bf16": True, "amx_bf16": False}, True),
+        ({"avx2": True, "avx512_bf16": False, "amx_bf16": True}, True),
+        ({"neon": True}, False),
+    ],
+)
+def test_bfloat16_is_for_processors_that_have_it(capabilities, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert fast_bfloat16() is expected
+
+
+def test_without_word_of_the_processor_bfloat16_is_left_out(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert not fast_bfloat16()
