@@ -22,6 +22,7 @@ from nflows.transforms import (
     Transform,
 )
 from pytorch_optimizer import Muon
+from pytorch_optimizer.optimizer.utils.matrix import zero_power_via_newton_schulz_5
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -41,6 +42,7 @@ from nflows_mongeampere.examples.images import (
     whitening,
 )
 from nflows_mongeampere.examples.networks import FromNormflows, GreyLevels
+from nflows_mongeampere.examples.runs import fast_bfloat16
 from nflows_mongeampere.multiscale import AsImages, PixelNetwork, coarse_to_fine
 
 SIDE, LEVELS, MARGIN = 28, 256, 1e-6
@@ -286,6 +288,21 @@ def images_through(before: list[Transform], levels: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+class Float32Muon(Muon):
+    """Muon with its iterations in float32, for machines without instructions for bfloat16.
+
+    There, a step of it on the kernels of ``deep`` takes 0.24 s instead of 4 s.
+    """
+
+    @staticmethod
+    def _orthogonalize(group: dict[str, Any], updates: list[Tensor]) -> list[Tensor]:
+        settings = {"num_steps": group["ns_steps"], "weights": group["ns_coeffs"]}
+        return [
+            zero_power_via_newton_schulz_5(update.flatten(1), **settings, dtype=torch.float32)
+            for update in updates
+        ]
+
+
 def make_optimizer(preset: Preset, flow: nn.Module) -> torch.optim.Optimizer:
     """Adam, with learning rates of their own for linear transforms and slopes; Muon for kernels.
 
@@ -312,4 +329,5 @@ def make_optimizer(preset: Preset, flow: nn.Module) -> torch.optim.Optimizer:
     if not kernels:
         return torch.optim.Adam(groups)
     groups = [{**group, "use_muon": False} for group in groups]
-    return Muon([*groups, {"params": kernels, "lr": preset.kernel_rate, "use_muon": True}])
+    groups.append({"params": kernels, "lr": preset.kernel_rate, "use_muon": True})
+    return (Muon if fast_bfloat16() else Float32Muon)(groups)

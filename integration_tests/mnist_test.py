@@ -181,6 +181,25 @@ def test_every_parameter_has_one_learning_rate(name, data_dir):
     assert {group["lr"] for group in groups} > {preset.learning_rate}
 
 
+@pytest.mark.parametrize("halved", [False, True])
+def test_muon_takes_float32_where_bfloat16_is_slow(halved, data_dir, monkeypatch):
+    """Against the polar factor's iterations by hand, in float64."""
+    monkeypatch.setattr(mnist_flows, "fast_bfloat16", lambda: halved)
+    network = mnist_flows.PixelNetwork(1, 1, (4, 4), width=8, blocks=1)
+    kernel = network.blocks[0][1].weight
+    optimizer = mnist_flows.make_optimizer(mnist_flows.PRESETS["stacked"], network)
+    for parameter in network.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    x, before = kernel.grad.flatten(1).double(), kernel.detach().clone()
+    optimizer.step()
+    x = x / x.norm()
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    step = ((before - kernel.detach()) / 0.025).flatten(1)
+    assert ((step - x).abs().max() < 1e-4) is not halved  # bfloat16 has three digits
+
+
 def damaged(kind: str, good: Path, folder: Path) -> None:
     """A folder whose training images are damaged in some way."""
     name, test = images.MNIST_FILES
