@@ -114,27 +114,25 @@ class LatticeModes(Transform):
         Returns:
             Noise in the shape of ``inputs``, and :math:`\ln|dz/dx|` in nats, shape (B,).
         """
-        log_scale, mean = self._of(context)
+        log_scale, mean = self._of(inputs, context)
         centred = inputs if mean is None else inputs - mean.view(-1, *[1] * (inputs.dim() - 1))
         return self._stretch(centred, -log_scale)
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         r"""Noise to data, with :math:`\ln|dx/dz|`; arguments as in :meth:`forward`."""
-        log_scale, mean = self._of(context)
+        log_scale, mean = self._of(inputs, context)
         outputs, logabsdet = self._stretch(inputs, log_scale)
         if mean is not None:
             outputs = outputs + mean.view(-1, *[1] * (inputs.dim() - 1))
         return outputs, logabsdet
 
-    def _of(self, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _of(self, inputs: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Scales of shape (1 or B, L, M, ...) and means of shape (1 or B,)."""
         log_scale, mean = self.log_scale[None], None if self.mean is None else self.mean[None]
         if self.context_weight is None:
             return log_scale, mean
-        if context is None:
-            raise ValueError(
-                f"context: got None, expected a tensor of shape (B, {self.context_features})"
-            )
+        width = len(self.context_weight)
+        context = validation.context(context, width, "inputs", len(inputs), self.log_scale)
         log_scale = log_scale + torch.tensordot(context, self.context_weight, 1)
         if mean is not None and self.context_mean is not None:
             mean = mean + context @ self.context_mean

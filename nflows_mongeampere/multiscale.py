@@ -112,6 +112,7 @@ class PixelNetwork(nn.Module):
         h = self.first(h)
         h = h + self.place.to(h.dtype)
         if self.context is not None:
+            context = _rows(context, self.context.in_features, images)
             h = h + self.context(context)[:, :, None, None]
         for block in self.blocks:
             h = h + block(h)
@@ -259,6 +260,13 @@ class _Couplings:
         return potential
 
 
+def _rows(context: Tensor | None, width: int, inputs: Tensor) -> Tensor:
+    """The context of each of the inputs, which autocast may have halved."""
+    if context is not None:
+        context = context.to(torch.promote_types(context.dtype, torch.float32))
+    return validation.context(context, width, "inputs", len(inputs), None)
+
+
 class _Behind(nn.Module):
     """A network that does not see the first channels of images."""
 
@@ -279,10 +287,10 @@ class _Dense(nn.Sequential):
         first = nn.Linear(features + (context_features or 0), width)
         hidden = (first, nn.SiLU(), nn.Linear(width, width), nn.SiLU())
         super().__init__(*hidden, nn.Linear(width, outputs))
-        self._conditional = context_features is not None
+        self._context_features = context_features
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        if self._conditional and context is not None:
-            x = torch.cat([x, context], 1)
+        if self._context_features is not None:
+            x = torch.cat([x, _rows(context, self._context_features, x)], 1)
         outputs: Tensor = super().forward(x)
         return outputs

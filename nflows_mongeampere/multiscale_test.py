@@ -96,6 +96,24 @@ def test_a_context_moves_every_pixel():
         close(torch.linalg.slogdet(found)[1], expected, tolerance=1e-4)
 
 
+def test_autocast_may_halve_a_context():
+    flow = build((1, 4, 4), context_features=2).float()
+    x, context = torch.randn(2, 1, 4, 4), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(flow(x, context.bfloat16())[0], flow(x, context)[0])
+
+
+@pytest.mark.parametrize(
+    ("context", "message"),
+    [(None, "got None, expected a tensor of shape"), (torch.ones(2, 3).double(), "got shape")],
+)
+def test_a_context_is_missed(context, message):
+    flow, x = build((1, 4, 4), context_features=2), torch.randn(2, 1, 4, 4).double()
+    for call in (flow, lambda x, context: flow.inverse(x.flatten(1), context)):
+        with pytest.raises(ValueError, match=rf"^context: {message}"):
+            call(x, context)
+
+
 def test_a_flow_without_context_features_ignores_a_context():
     flow, x = build((1, 4, 4)), torch.randn(2, 1, 4, 4).double()
     assert torch.equal(flow(x, torch.ones(2, 3))[0], flow(x)[0])

@@ -170,6 +170,22 @@ def batch(name: str, value: object, like: Tensor | None) -> Tensor:
     return value
 
 
+def context(value: object, width: int, rows: str, count: int, like: Tensor | None) -> Tensor:
+    """Return ``value`` if it is a context of ``width`` numbers for each of ``count`` ``rows``."""
+    if value is None:
+        raise ValueError(
+            f"context: got None, expected a tensor of shape (B, {width}), because the flow was "
+            f"built with context_features={width}"
+        )
+    found = batch("context", value, like)
+    if tuple(found.shape) != (count, width):
+        raise ValueError(
+            f"context: got shape {tuple(found.shape)}, expected ({count}, {width}): one row for "
+            f"each row of {rows}"
+        )
+    return found
+
+
 def returned(name: str, source: object, value: object, shape: torch.Size, what: str) -> Tensor:
     """Return ``value`` if ``source``, code of the user, was right to return it.
 

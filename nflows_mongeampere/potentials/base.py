@@ -139,18 +139,7 @@ class Potential(Configured, nn.Module, ABC):
     ) -> Tensor | None:
         if self.context_features is None:
             return None
-        if context is None:
-            raise ValueError(
-                f"context: got None, expected a tensor of shape (B, {self.context_features}), "
-                f"because the potential was built with context_features={self.context_features}"
-            )
-        validation.batch("context", context, like)
-        if tuple(context.shape) != (x.shape[0], self.context_features):
-            raise ValueError(
-                f"context: got shape {tuple(context.shape)}, expected "
-                f"({len(x)}, {self.context_features}): one row for each row of {name}"
-            )
-        return context
+        return validation.context(context, self.context_features, name, len(x), like)
 
     def _check(
         self, x: Tensor, t: Time | None, context: Tensor | None
