@@ -234,6 +234,13 @@ def translations(shape: Sequence[int]) -> Group:
     return Group.generated_by(shifts, lattice=sizes)
 
 
+def mirrored(sites: Tensor, dimensions: Iterable[int]) -> Tensor:
+    """A periodic array reversed along dimensions, its first entry where it was."""
+    for dimension in dimensions:
+        sites = sites.flip(dimension).roll(1, dimension)
+    return sites
+
+
 @_on_cpu
 def point_group(shape: Sequence[int]) -> Group:
     """The rotations and reflections of a periodic lattice that keep its first site.
@@ -245,7 +252,7 @@ def point_group(shape: Sequence[int]) -> Group:
     """
     sizes = lattice_shape("shape", shape)
     sites = torch.arange(math.prod(sizes)).reshape(sizes)
-    moves = [sites.flip(d).roll(1, d) for d in range(len(sizes))]
+    moves = [mirrored(sites, [d]) for d in range(len(sizes))]
     moves += [sites.transpose(d, d + 1) for d in range(len(sizes) - 1) if sizes[d] == sizes[d + 1]]
     return Group.generated_by(move.flatten() for move in moves)
 

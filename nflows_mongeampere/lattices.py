@@ -28,7 +28,7 @@ from nflows_mongeampere import validation
 from nflows_mongeampere.convergence import converged
 from nflows_mongeampere.differentiation import compiling, transformed
 from nflows_mongeampere.flow import Noise
-from nflows_mongeampere.groups import BOUNDARIES, Group, lattice_shape
+from nflows_mongeampere.groups import BOUNDARIES, Group, lattice_shape, mirrored
 from nflows_mongeampere.modes import LatticeModes
 from nflows_mongeampere.potentials.lattice import LatticePotential, frame, lattice_group
 from nflows_mongeampere.targets import LatticeAction as LatticeAction
@@ -422,18 +422,13 @@ def symmetries(target: Any, parameters: Sequence[float] = ()) -> Symmetries:
     every, kernel = [*range(len(shape))], frame(shape, boundary)
     sites, distances = (torch.arange(math.prod(sides)).reshape(sides) for sides in (shape, kernel))
 
-    def mirrored(entries: Tensor, dims: list[int], periodic: bool) -> Tensor:
-        """Reversed, and moved so that the first entry of what is periodic stays where it is."""
-        for d in dims:
-            entries = entries.flip(d).roll(1, d) if periodic else entries.flip(d)
-        return entries
-
     rows, moves = fields.flatten(1), [distances]
     subsets = [[d for d in every if chosen >> d & 1] for chosen in range(2 ** len(every))]
     for axes, dims in itertools.product(itertools.permutations(every), subsets):
-        images = mirrored(sites.permute(axes), dims, boundary == "periodic")
+        images = sites.permute(axes)
+        images = mirrored(images, dims) if boundary == "periodic" else images.flip(dims)
         if images.shape == sites.shape and kept(rows[:, images.flatten()]):
-            moves.append(mirrored(distances.permute(axes), dims, True))
+            moves.append(mirrored(distances.permute(axes), dims))
     group = Group.generated_by([move.flatten() for move in moves])
     return Symmetries(kept(-fields), group)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
 from nflows_mongeampere import validation
-from nflows_mongeampere.groups import BOUNDARIES, Group, axis_exchanges, point_group
+from nflows_mongeampere.groups import BOUNDARIES, Group, axis_exchanges, mirrored, point_group
 from nflows_mongeampere.invariants import Invariants
 
 
@@ -85,9 +85,8 @@ class LatticeModes(Transform):
         # a wave may change its sign, and its scale does not
         elements = [*group.permutations]
         if boundary == "periodic":
-            every = tuple(range(len(sides)))
             modes = torch.arange(math.prod(sides), device="cpu").reshape(sides)
-            elements.append(modes.flip(every).roll([1] * len(sides), every).flatten())
+            elements.append(mirrored(modes, range(len(sides))).flatten())
         invariants = Invariants(Group.generated_by(elements), sides)
         register_parametrization(self, "log_scale", invariants)
         self.mean: nn.Parameter | None = None
