@@ -221,6 +221,7 @@ def glow(levels: Tensor) -> list[Transform]:
 MULTISCALE = partial(
     Preset,
     learning_rate=6e-3,
+    batch_size=50,
     interval=500,
     kernel_rate=0.025,
     precision="bf16-mixed",
@@ -253,7 +254,7 @@ PRESETS = {
     "convolutional": Preset(
         convolutional, 2e-2, interval=200, linear_rate=0.02, solver_tolerance=2.0
     ),
-    "stacked": MULTISCALE(partial(multiscale, 64, 2, 0.0, 16, 16)),
+    "stacked": MULTISCALE(partial(multiscale, 64, 2, 0.0, 16, 16), interval=1000),
     "deep": MULTISCALE(partial(multiscale, 128, 4, 0.03, 24, 24)),
     "whitened-spline": Preset(whitened_spline, 2e-3, linear_rate=0.1),
     "glow": Preset(glow, 1.6e-2),
