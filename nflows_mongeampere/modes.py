@@ -131,7 +131,7 @@ class LatticeModes(Transform):
         if self.context_weight is None:
             return log_scale, mean
         width = len(self.context_weight)
-        context = validation.context(context, width, "inputs", len(inputs), self.log_scale)
+        context = validation.context(context, width, "inputs", inputs.shape[0], self.log_scale)
         log_scale = log_scale + torch.tensordot(context, self.context_weight, 1)
         if mean is not None and self.context_mean is not None:
             mean = mean + context @ self.context_mean

@@ -264,7 +264,7 @@ def _rows(context: Tensor | None, width: int, inputs: Tensor) -> Tensor:
     """The context of each of the inputs, which autocast may have halved."""
     if context is not None:
         context = context.to(torch.promote_types(context.dtype, torch.float32))
-    return validation.context(context, width, "inputs", len(inputs), None)
+    return validation.context(context, width, "inputs", inputs.shape[0], None)
 
 
 class _Behind(nn.Module):

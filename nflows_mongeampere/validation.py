@@ -171,7 +171,10 @@ def batch(name: str, value: object, like: Tensor | None) -> Tensor:
 
 
 def context(value: object, width: int, rows: str, count: int, like: Tensor | None) -> Tensor:
-    """Return ``value`` if it is a context of ``width`` numbers for each of ``count`` ``rows``."""
+    """Return ``value`` if it is a context of ``width`` numbers for each of ``count`` ``rows``.
+
+    The count is a ``shape[0]``: ``len`` would be a constant to torch.export.
+    """
     if value is None:
         raise ValueError(
             f"context: got None, expected a tensor of shape (B, {width}), because the flow was "

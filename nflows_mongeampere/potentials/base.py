@@ -139,7 +139,7 @@ class Potential(Configured, nn.Module, ABC):
     ) -> Tensor | None:
         if self.context_features is None:
             return None
-        return validation.context(context, self.context_features, name, len(x), like)
+        return validation.context(context, self.context_features, name, x.shape[0], like)
 
     def _check(
         self, x: Tensor, t: Time | None, context: Tensor | None
