@@ -74,7 +74,7 @@ def fast_bfloat16() -> bool:
     """Whether the machine has instructions for bfloat16; without, it is many times slower."""
     if torch.cuda.is_available():
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if not hasattr(torch.cpu, "get_capabilities"):  # older than 2.10
+    if not hasattr(torch.cpu, "get_capabilities"):  # an older torch does not say
         return False
     capabilities = torch.cpu.get_capabilities()
     return any(bool(capabilities.get(name)) for name in ("amx_bf16", "avx512_bf16"))
