@@ -255,7 +255,7 @@ PRESETS = {
         convolutional, 2e-2, interval=200, linear_rate=0.02, solver_tolerance=2.0
     ),
     "stacked": MULTISCALE(partial(multiscale, 64, 2, 0.0, 16, 16), interval=1000),
-    "deep": MULTISCALE(partial(multiscale, 128, 4, 0.03, 24, 24)),
+    "deep": MULTISCALE(partial(multiscale, 64, 3, 0.0, 24, 24), interval=2000),
     "whitened-spline": Preset(whitened_spline, 2e-3, linear_rate=0.1),
     "glow": Preset(glow, 1.6e-2),
     "realnvp": Preset(partial(behind_whitening, realnvp), 5e-4, linear_rate=0.1),
