@@ -9,6 +9,7 @@ from typing import Any
 
 import pytorch_lightning as lightning
 from pytorch_lightning.callbacks import Callback
+from torch import Tensor
 
 from nflows_mongeampere import validation
 from nflows_mongeampere.models import transports
@@ -58,16 +59,20 @@ def mean_loss(trainer: lightning.Trainer, outputs: Any) -> float:
 
     Lightning gives its callbacks what it differentiates: the loss over the batches accumulated.
     """
-    loss = outputs["loss"].detach() * trainer.accumulate_grad_batches
-    return float(trainer.strategy.reduce(loss, reduce_op="mean"))
+    return _mean(trainer, outputs["loss"]) * trainer.accumulate_grad_batches
+
+
+def _mean(trainer: lightning.Trainer, loss: Tensor) -> float:
+    """The mean over processes, so that all of them stop if one must."""
+    return float(trainer.strategy.reduce(loss.detach(), reduce_op="mean"))
 
 
 class DivergenceGuard(Callback):
     """Stops a training whose loss is NaN or infinite, or has risen far above the best so far.
 
-    Checkpoints are written at the ends of validation intervals alone, which a diverged training
-    does not reach: the last one is good. When the solver's steps change, the losses before are
-    forgotten: they were those of another solver.
+    A loss that is NaN or infinite moves no parameter. Checkpoints are written at the ends of
+    validation intervals alone, which a diverged training does not reach: the last one is good. When
+    the solver's steps change, the losses before are forgotten: they were those of another solver.
 
     Args:
         deviations: by how many median absolute deviations of the best 20 losses in a row the median
@@ -82,6 +87,25 @@ class DivergenceGuard(Callback):
         self._recent: deque[float] = deque(maxlen=20)
         self._best, self._spread = math.inf, 0.0
         self._steps: list[int] = []
+        self._batch: Any = None
+
+    def on_train_batch_start(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        self._batch = batch
+
+    def on_before_backward(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, loss: Tensor
+    ) -> None:
+        if not math.isfinite(mean := _mean(trainer, loss)):
+            what = f"the loss is NaN or infinite ({mean})"
+            if not finite(self._batch):
+                what += ", as the batch has such entries"
+            raise diverged(trainer, pl_module, what, getattr(pl_module, "culprit", ""))
 
     def on_train_batch_end(
         self,
@@ -96,11 +120,6 @@ class DivergenceGuard(Callback):
         if steps != self._steps:
             self._recent.clear()
             self._best, self._steps = math.inf, steps
-        if not math.isfinite(loss):
-            what = f"the loss is NaN or infinite ({loss})"
-            if not finite(batch):
-                what += ", as the batch has such entries"
-            raise diverged(trainer, pl_module, what, getattr(pl_module, "culprit", ""))
         self._recent.append(loss)
         if len(self._recent) < 20:
             return

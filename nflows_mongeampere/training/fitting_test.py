@@ -25,6 +25,7 @@ from nflows.transforms import ActNorm, CompositeTransform
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DataLoader, TensorDataset
 
 from nflows_mongeampere import (
@@ -39,6 +40,7 @@ from nflows_mongeampere.training import (
     DivergenceError,
     DivergenceGuard,
     EndlessBatches,
+    FullMatrixSOAP,
     MaximumLikelihood,
     Objective,
     ReverseKL,
@@ -249,7 +251,7 @@ class Exploding(MaximumLikelihood):
         if self.training and self.trainer.global_step >= self.step:
             if self.fault == "error":
                 raise IntegrationError("a field without bounds")
-            loss = loss + {"nan": math.nan, "infinite": math.inf, "huge": 1e4}[self.fault]
+            loss = loss * {"nan": math.nan, "infinite": math.inf, "huge": 1e4}[self.fault]
         return loss
 
 
@@ -267,11 +269,15 @@ def test_divergence_stops_the_training_and_keeps_the_best(fault, tmp_path):
         assert torch.isfinite(objective.flow.log_prob(torch.randn(3, 2))).all()
 
 
-def test_divergence_before_the_first_checkpoint_says_so(tmp_path):
-    objective = Exploding(MongeAmpereFlow(2, 4), steps=100)
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, FullMatrixSOAP])
+def test_divergence_in_the_first_step_says_so_and_moves_nothing(optimizer, tmp_path):
+    flow = MongeAmpereFlow(2, 4)
+    start = parameters_to_vector(flow.parameters())
+    objective = Exploding(flow, optimizer=lambda f: optimizer(f.parameters()), steps=100)
     objective.step = 0
     with pytest.raises(DivergenceError, match="no checkpoint was written"):
         train(objective, tmp_path)
+    assert torch.equal(parameters_to_vector(flow.parameters()), start)
 
 
 @pytest.mark.parametrize("entries", [1, 100])
