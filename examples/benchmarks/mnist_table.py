@@ -32,7 +32,7 @@ NAMES = {
     "coupling": "Monge-Ampère, coupling layers behind whitening",
     "convolutional": "Monge-Ampère, convolutional, behind marginals",
     "stacked": "Monge-Ampère, coarse to fine, behind marginals",
-    "deep": "Monge-Ampère, coarse to fine, larger networks",
+    "deep": "Monge-Ampère, coarse to fine, deeper networks",
     "whitened": "Monge-Ampère, coarse to fine, behind whitening",
     "whitened-spline": "nflows rational-quadratic coupling behind marginals and whitening",
     "glow": "normflows Glow blocks behind marginals",
