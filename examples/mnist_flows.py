@@ -292,7 +292,7 @@ def images_through(before: list[Transform], levels: Tensor) -> Tensor:
 class Float32Muon(Muon):
     """Muon with its iterations in float32, for machines without instructions for bfloat16.
 
-    There, a step of it on the kernels of ``deep`` takes a tenth of the time.
+    There, a step of it takes a tenth of the time or less.
     """
 
     @staticmethod

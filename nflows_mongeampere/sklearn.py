@@ -79,8 +79,9 @@ class MongeAmpereDensity(DensityMixin, BaseEstimator):
     layer whitens the rows; the flow moves them; the base is a mixture of normals. How flexible the
     functions of the columns are, how many normals there are, and when training ends is chosen on a
     part of the rows that is held out. The start is the mixture of normals, so that training has
-    only to gain; among more than 5,000 rows one normal is for outliers. Up to 1,000 rows the
-    density is the mean of five flows, and up to 5,000 of three, each with another part held out.
+    only to gain; among more than 5,000 rows one normal is for outliers. From 100 to 1,000
+    rows the density is the mean of five flows, and up to 5,000 of three, each with another part
+    held out.
 
     Columns of integers are fitted with uniform noise of half a unit up and down: the density at an
     integer is about its probability. Samples are rounded.

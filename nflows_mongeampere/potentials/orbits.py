@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from nflows_mongeampere.potentials.ridge import RidgePotential
 
 # Sites of the smallest lattice whose ridges are moved in Fourier space; below it one product with
-# all rows of the orbits is faster (`make benchmark`: the cost of a symmetry).
+# all rows of the orbits is faster.
 FOURIER_SITES = 256
 
 
