@@ -95,7 +95,7 @@ def draw_curves(runs: list[tuple[Path, dict[str, Any]]], path: Path) -> None:
         xscale="log",
         ylim=(None, 1600),
     )
-    axes.legend(frameon=False)
+    figure.legend(loc="outside right upper", frameon=False)
     save_figure(figure, path)
 
 
