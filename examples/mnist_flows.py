@@ -142,9 +142,7 @@ def whitened_multiscale(levels: Tensor) -> list[Transform]:
     return [whitening(images_through([], levels)), AsImages((1, SIDE, SIDE)), scales]
 
 
-def multiscale(
-    width: int, blocks: int, dropout: float, ridges: int, maps: int, levels: Tensor
-) -> list[Transform]:
+def multiscale(width: int, blocks: int, ridges: int, maps: int, levels: Tensor) -> list[Transform]:
     """From fine to coarse, pixels flow in what networks say of coarser ones."""
     # paper and ink, where there is any, apart from grey: clusters, which a smooth flow tells apart
     ends = {-3.0: levels == 0, 3.0: levels >= 252}
@@ -160,7 +158,6 @@ def multiscale(
         PixelNetwork,
         width=width,
         blocks=blocks,
-        dropout=dropout,
         before=GreyLevels(before, LEVELS),
     )
     scales = coarse_to_fine(
@@ -254,8 +251,8 @@ PRESETS = {
     "convolutional": Preset(
         convolutional, 2e-2, interval=200, linear_rate=0.02, solver_tolerance=2.0
     ),
-    "stacked": MULTISCALE(partial(multiscale, 64, 2, 0.0, 16, 16), interval=1000),
-    "deep": MULTISCALE(partial(multiscale, 64, 3, 0.0, 24, 24), interval=2000),
+    "stacked": MULTISCALE(partial(multiscale, 64, 2, 16, 16), interval=1000),
+    "deep": MULTISCALE(partial(multiscale, 64, 3, 24, 24), interval=2000),
     "whitened-spline": Preset(whitened_spline, 2e-3, linear_rate=0.1),
     "glow": Preset(glow, 1.6e-2),
     "realnvp": Preset(partial(behind_whitening, realnvp), 5e-4, linear_rate=0.1),
